@@ -1,0 +1,55 @@
+"""A decoder with its parameters and tokenizer, from wherever one may start: a run's directory or a Hugging Face one.
+
+A run's directory holds `model/decoder.json` and the tokenizer's files beside `checkpoints/`.
+"""
+
+import pathlib
+
+from research.core import checkpoint, config
+from research.lm import hf
+from research.lm.config import DecoderConfig
+from research.lm.decoder import Decoder
+from research.lm.tokenizer import Tokenizer
+
+_MODEL = "model"
+_DECODER = "decoder.json"
+_CHECKPOINTS = "checkpoints"
+
+
+def describe(workdir: str | pathlib.Path, model: Decoder, tokenizer: Tokenizer) -> None:
+    """Writes what `load` needs, beside the parameters, into a run's directory."""
+    directory = pathlib.Path(workdir) / _MODEL
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save(directory / _DECODER, model.config)
+    tokenizer.save(directory)
+
+
+def load(source: str | pathlib.Path, step: int | str | None = None) -> tuple[Decoder, dict, Tokenizer]:
+    """(model, parameters, tokenizer) of a run or of a Hugging Face directory.
+
+    Args:
+      step: which checkpoint of a run: a step, 'best', or None for the newest.
+
+    Raises:
+      ValueError: `source` is neither, or is empty text.
+      FileNotFoundError: the run has no checkpoint (yet).
+    """
+    if not str(source):
+        raise ValueError(
+            "no model to start from: set init_from to a run's directory or a Hugging Face directory"
+        )
+    directory = pathlib.Path(source)
+    described = directory / _MODEL / _DECODER
+    if described.exists():
+        model = Decoder(config.load(described, DecoderConfig))
+        params = checkpoint.load_params(directory / _CHECKPOINTS, step)
+        return model, params, Tokenizer.load(directory / _MODEL)
+    if not (directory / "config.json").exists():
+        raise ValueError(
+            f"{directory} is no model: it has neither {_MODEL}/{_DECODER} (a run of this codebase) nor config.json "
+            "(a Hugging Face directory)"
+        )
+    if step is not None:
+        raise ValueError(f"{directory} is a Hugging Face directory, which has no checkpoint {step!r}")
+    model, params = hf.load(directory)
+    return model, params, Tokenizer.load(directory)
