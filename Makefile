@@ -1,0 +1,55 @@
+# make run   the main job on this machine: a small base model learns to reason by reinforcement learning alone
+# make test  the tests
+# Each target makes its own environment first. Settings: make run ARGS='--config.rl.loop.steps=200', PYTHON=python3.12, VENV=…
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PYTEST_ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: run test test-slow test-py312 bench tables lint clean
+.DELETE_ON_ERROR:
+
+run: $(VENV)/.installed
+	$(BIN)/python -m experiments.run --config=experiments/configs/deepseek_r1/quickstart.py $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Minutes-long checks, the comparison with PyTorch implementations, the notebooks.
+test-slow: $(VENV)/.installed-all
+	$(BIN)/python -m pytest -m "slow or parity" $(PYTEST_ARGS)
+
+# A part of the suite on the other pair of JAX and Flax that setup.cfg names.
+test-py312:
+	$(MAKE) test PYTHON=python3.12 VENV=.venv312 PYTEST_ARGS="tests/core tests/rl tests/lm $(PYTEST_ARGS)"
+
+# Sampling, a GRPO step, tokenising and packing beside public rivals on the same work.
+bench: $(VENV)/.installed-all
+	$(BIN)/python -m experiments.bench $(ARGS)
+
+# The papers' tables at the scale of this machine (under an hour on two cores).
+tables: $(VENV)/.installed
+	$(BIN)/python -m experiments.table deepseek_r1/zero --scale=cpu $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf .venv .venv312 .cache build *.egg-info
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 …"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.cfg | $(BIN)/python
+	$(PIP) -e . && touch $@
+
+$(VENV)/.installed-dev: setup.cfg | $(BIN)/python
+	$(PIP) -e '.[dev]' && touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-all: setup.cfg | $(BIN)/python
+	$(PIP) -e '.[dev,parity,notebooks]' && touch $@ $(VENV)/.installed $(VENV)/.installed-dev
