@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -60,7 +61,13 @@ def place(tree: Any, shardings: Any) -> Any:
     def put(x, sharding):
         if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
             return x
-        return jax.device_put(x, sharding)
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        # Over several processes JAX takes host arrays only (and checks that they are all equal).
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = jax.device_put(np.asarray(jax.random.key_data(x)), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        return jax.device_put(np.asarray(x), sharding)
 
     return jax.tree.map(put, tree, shardings)
 

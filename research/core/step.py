@@ -236,8 +236,8 @@ def _update(loss_fn, optimizer, micro_rows, state, batch, *, shards=1, axis_name
         grads, loss = lax.psum((grads, loss), axis_name)
         metrics = {name: metric.psum(axis_name) for name, metric in metrics.items()}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = dict(metrics, loss=loss, grad_norm=optax.global_norm(grads))
-    lr = optax.tree_utils.tree_get(opt_state, "learning_rate", default=None)
+    metrics = dict(metrics, loss=loss, grad_norm=optax.tree.norm(grads))
+    lr = optax.tree.get(opt_state, "learning_rate", default=None)
     if lr is not None:
         metrics["lr"] = lr
     state = state.replace(
