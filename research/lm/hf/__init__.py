@@ -24,7 +24,6 @@ from typing import Any
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -231,8 +230,10 @@ def _read(param: Param, sizes, stored, dtype: np.dtype, place) -> jax.Array:
                 into, out_of = overlap
                 shards[span][into] = tensor[out_of]
     if place is None:
-        return jnp.asarray(shards.popitem()[1])
-    return jax.make_array_from_callback(shape, place, lambda index: shards[spans(index)])
+        array = jax.device_put(shards.popitem()[1])  # jnp.asarray would copy once more
+    else:
+        array = jax.make_array_from_callback(shape, place, lambda index: shards[spans(index)])
+    return array.block_until_ready()  # else several parameters would wait on the host together
 
 
 def _overlap(span, region) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
