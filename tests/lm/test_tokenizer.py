@@ -281,3 +281,46 @@ def test_transformers_reads_the_same_tokenizer(tmp_path):
         assert theirs.eos_token_id == ours.eos_id and theirs.pad_token_id == ours.pad_id
         rendered = theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
         assert rendered == ours.apply_chat_template(talk)
+
+
+@pytest.mark.parity
+def test_a_published_tokenizer_is_read_as_transformers_reads_it(tmp_path):
+    """Normalisation, a splitting expression and a begin token, as Qwen's and Llama's have."""
+    transformers = pytest.importorskip("transformers")
+    import tokenizers as hub
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    backend = hub.Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    split = hub.Regex(r"\p{N}|[^\s\p{L}\p{N}]+|\s*\p{L}+|\s+")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(split, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    specials = ["<s>", "</s>", "<|User|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    backend.enable_truncation(8)  # left in some published files; must not cut texts
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.load(tmp_path)
+    for text in [*random_texts(100), "the cat <|User|> sat</s>"]:
+        ids = ours.encode(text)
+        assert theirs(text, add_special_tokens=False, truncation=False)["input_ids"] == ids.tolist()
+        with_ends = ours.encode(text, add_special=True)
+        assert theirs(text, truncation=False)["input_ids"] == with_ends.tolist()
+        assert theirs.decode(with_ends) == ours.decode(with_ends)
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids, skip_special=True)
