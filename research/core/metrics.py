@@ -146,8 +146,8 @@ class Progress:
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._bar is not None:
-            shown = {k: f"{v:.4g}" for k, v in metrics.items() if "/" not in k and k != "compiles"}
-            self._bar.set_postfix(shown, refresh=False)
+            names = sorted(metrics, key=lambda name: (name != "loss", "/" in name))[:4]
+            self._bar.set_postfix({k: f"{metrics[k]:.4g}" for k in names}, refresh=False)
             self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
