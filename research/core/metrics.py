@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,7 +126,9 @@ class Writer:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a")
         self._events = SummaryWriter(
-            str(self.path.parent / "tensorboard"), purge_step=self._last_step + 1
+            str(self.path.parent / "tensorboard"),
+            purge_step=self._last_step + 1,
+            filename_suffix=f".{time.time_ns()}",  # its own names are unique to a second only
         )
 
 
