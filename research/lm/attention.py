@@ -18,16 +18,21 @@ class Cache(flax.struct.PyTreeNode):
     whatever the ages of its rows: `positions` says which token of its row a slot holds.
     """
 
-    layers: tuple[tuple[jax.Array, jax.Array], ...]  # per layer (k, v), each [B, N, S, K]
+    layers: tuple[tuple[jax.Array, jax.Array], ...]  # per layer k [B, N, K, S] and v [B, N, S, K]
     positions: jax.Array  # [B, S] int32, -1 = empty
     index: jax.Array  # int32 scalar: tokens written so far; the next goes to slot index % S
 
     @classmethod
     def empty(cls, config: DecoderConfig, batch: int, length: int) -> "Cache":
-        shape = (batch, config.num_kv_heads, length, config.head_dim)
-        zeros = lambda: jnp.zeros(shape, config.dtype)  # noqa: E731  (k and v must not alias)
+        rows, K = (batch, config.num_kv_heads), config.head_dim
         return cls(
-            layers=tuple((zeros(), zeros()) for _ in range(config.num_layers)),
+            layers=tuple(
+                (
+                    jnp.zeros((*rows, K, length), config.dtype),
+                    jnp.zeros((*rows, length, K), config.dtype),
+                )
+                for _ in range(config.num_layers)
+            ),
             positions=jnp.full((batch, length), -1, jnp.int32),
             index=jnp.zeros((), jnp.int32),
         )
@@ -62,22 +67,28 @@ class Attention(nn.Module):
             qk_BTNHK = jnp.concatenate([q, k], axis=-2)
         qk_BTNHK = rotate(qk_BTNHK, cos[:, :, None, None], sin[:, :, None, None])
         q_BTNGK = qk_BTNHK[..., :G, :] * K**-0.5
-        k_BNSK = qk_BTNHK[..., G, :].swapaxes(1, 2)
+        k_BNKS = qk_BTNHK[..., G, :].transpose(0, 2, 3, 1)
         v_BNSK = v_BTNK.swapaxes(1, 2)
         if cache is not None:
-            write = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, 0, slot, 0))  # noqa: E731
-            k_BNSK, v_BNSK = cache = (write(cache[0], k_BNSK), write(cache[1], v_BNSK))
-        y_BTNGK = attend(q_BTNGK, k_BNSK, v_BNSK, mask_BTS)
+            k_BNKS = jax.lax.dynamic_update_slice(cache[0], k_BNKS, (0, 0, 0, slot))
+            v_BNSK = jax.lax.dynamic_update_slice(cache[1], v_BNSK, (0, 0, slot, 0))
+            cache = (k_BNKS, v_BNSK)
+        y_BTNGK = attend(q_BTNGK, k_BNKS, v_BNSK, mask_BTS)
         out = Kernel(c, (N, G, K, c.hidden_size), name="o")()
         return jnp.einsum("BTNGK,NGKD->BTD", y_BTNGK, out), cache
 
 
-def attend(q_BTNGK, k_BNSK, v_BNSK, mask_BTS):
+def attend(q_BTNGK, k_BNKS, v_BNSK, mask_BTS):
     """softmax(q k^T where mask) v, the softmax in float32; q is already scaled."""
-    scores = jnp.einsum("BTNGK,BNSK->BNGTS", q_BTNGK, k_BNSK, preferred_element_type=jnp.float32)
+    B, T, N, G, K = q_BTNGK.shape
+    q_BNRK = q_BTNGK.transpose(0, 2, 3, 1, 4).reshape(B, N, G * T, K)
+    scores = jax.lax.dot_general(
+        q_BNRK, k_BNKS, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
+    ).reshape(B, N, G, T, -1)
     scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BNSK.dtype)
-    return jnp.einsum("BNGTS,BNSK->BTNGK", weights, v_BNSK)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BNSK.dtype).reshape(B, N, G * T, -1)
+    out = jax.lax.dot_general(weights, v_BNSK, (((3,), (2,)), ((0, 1), (0, 1))))
+    return out.reshape(B, N, G, T, K).transpose(0, 3, 1, 2, 4)
 
 
 def segment_positions(segment_ids_BT) -> jax.Array:

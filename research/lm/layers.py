@@ -77,7 +77,7 @@ def rope_angles(positions_BT, config: DecoderConfig) -> tuple[jax.Array, jax.Arr
     """cos and sin of position times frequency, float32 `[B, T, K/2]` each."""
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))  # once, not per layer
 
 
 def rotate(x, cos, sin):
