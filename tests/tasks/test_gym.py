@@ -1,0 +1,120 @@
+"""reasoning-gym tasks."""
+
+import pickle
+import sys
+
+import pytest
+
+from research import tasks
+
+
+def test_without_the_package_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'january\[gym\]'"):
+        tasks.make("gym:chain_sum")
+
+
+@pytest.fixture
+def gym():
+    return pytest.importorskip("reasoning_gym")
+
+
+def test_a_task_is_pure_in_seed_split_and_index(gym):
+    task = tasks.make("gym:chain_sum", test_size=20)
+    again = tasks.make("gym:chain_sum", test_size=20)
+    assert again.problem("train", 5000) == task.problem("train", 5000)  # another chunk first
+    assert again.problem("train", 3) == task.problem("train", 3)
+    assert [again.problem("test", i) for i in range(20)] == [
+        task.problem("test", i) for i in range(20)
+    ]
+    other = tasks.make("gym:chain_sum", test_size=20, seed=1)
+    assert other.problem("train", 3).question != task.problem("train", 3).question
+    assert (task.size("train"), task.size("test")) == (None, 20)
+    with pytest.raises(IndexError):
+        task.problem("test", 20)
+
+
+def test_options_reach_the_dataset(gym):
+    task = tasks.make("gym:chain_sum", min_terms=2, max_terms=2, test_size=5)
+    assert {task.problem("train", i).data["entry"]["metadata"]["num_terms"] for i in range(30)} == {
+        2
+    }
+
+
+def test_training_passes_over_test_questions_even_where_there_are_few(gym):
+    """Sums of two digits: 200 problems with their signs, half of which are made test problems."""
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "test_size": 100}
+    task = tasks.make("gym:chain_sum", **options)
+    test = {task.problem("test", i).data["entry"]["metadata"]["expression"] for i in range(100)}
+    questions = {task.problem("test", i).question for i in range(100)}
+    assert len(questions) == 100
+    train = [task.problem("train", i) for i in range(400)]
+    assert not questions & {p.question for p in train}
+    assert len(test) <= 100
+
+
+def test_too_small_a_task_is_an_error(gym):
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    task = tasks.make("gym:chain_sum", test_size=5000, **options)
+    with pytest.raises(ValueError, match="lower test_size"):
+        task.problem("test", 0)
+
+
+def test_unknown_names_and_settings_name_what_there_is(gym):
+    with pytest.raises(ValueError, match="no 'chain_sun'; did you mean chain_sum"):
+        tasks.make("gym:chain_sun")
+    with pytest.raises(ValueError, match="refuses .*max_term.*its options are .*max_terms"):
+        tasks.make("gym:chain_sum", max_term=3)
+    with pytest.raises(ValueError, match="refuses"):
+        tasks.make("gym:chain_sum", min_terms=5, max_terms=2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["chain_sum", "countdown", "acre", "word_ladder", "simple_integration", "string_insertion"],
+)
+def test_reference_answers_are_right_and_nonsense_is_not(gym, name):
+    task = tasks.make(f"gym:{name}", test_size=3)
+    verifier = pickle.loads(pickle.dumps(task.isolated))
+    verifier.prepare()
+    for problem in (task.problem("test", 2), task.problem("train", 2001)):
+        problem = pickle.loads(pickle.dumps(problem))
+        if problem.answer:
+            assert task.quick(problem, f" {problem.answer}\n") is True
+            assert verifier(problem, problem.answer)
+        for nonsense in ("xyzzy", "((", "__import__('os')", "1/0"):
+            try:
+                assert not task.verify(problem, nonsense)
+            except tasks.Unparsed:
+                pass
+        with pytest.raises(tasks.Unparsed):
+            verifier(problem, " ")
+        with pytest.raises(tasks.Unparsed):
+            task.canonical(problem, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("puzzle24", "__import__('pathlib').Path({path!r}).touch()"),
+        ("countdown", "open({path!r}, 'w')"),
+        ("simple_integration", "S('__im' + 'port__(\"pathlib\").Path({path!r}).touch()')"),
+        ("string_insertion", "[open({path!r}, 'w')]"),
+        ("n_queens", "[[c for c in open({path!r}, 'w')]]"),
+        ("spiral_matrix", "[__import__('pathlib').Path({path!r}).touch()]"),
+    ],
+)
+def test_an_answer_is_never_run(gym, tmp_path, name, answer):
+    """These datasets evaluate answers, so one that could call anything is refused beforehand."""
+    path = tmp_path / "ran"
+    task = tasks.make(f"gym:{name}", test_size=1)
+    with pytest.raises(tasks.Unparsed, match="could run as a program"):
+        task.verify(task.problem("test", 0), answer.format(path=str(path)))
+    assert not path.exists()
+
+
+def test_scorers_of_expressions_still_take_expressions(gym):
+    task = tasks.make("gym:simple_integration", test_size=1)
+    problem = task.problem("test", 0)
+    body = problem.answer.removesuffix(" + C")
+    assert task.verify(problem, f"C + ({body}) + sin(1)**2 - sin(1)**2")
