@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from research.lm import hf
+from research.lm.sampler import Sampler, Sampling
 
 pytestmark = [
     pytest.mark.parity,
@@ -169,3 +170,28 @@ def test_bfloat16_computation_is_as_close_as_theirs(case, tmp_path):
     assert ours.dtype == jnp.float32
     reference = read(tmp_path)(torch.from_numpy(tokens)).logits.detach().float().numpy()
     assert 0 < relative(ours, exact) < 2 * relative(reference, exact)
+
+
+@pytest.mark.parametrize("case", ["qwen2-tied", "qwen3", "llama-tied-rope"])
+def test_greedy_generation(case, tmp_path):
+    """Token by token what `generate` of transformers gives, with prompts of different lengths."""
+    torch, theirs = make(*CASES[case])
+    theirs.save_pretrained(tmp_path)
+    model, params = hf.load(tmp_path)
+    prompts = [tokens_of(1, n)[0] for n in (3, 17, 30)]
+    stop = 7
+    sampler = Sampler(model, slots=2, max_prompt=30, max_new_tokens=40)
+    ours = sampler(
+        params, prompts, jax.random.key(0), Sampling(40, temperature=0.0, stop_ids=(stop,))
+    )
+    lengths = set()
+    for i, prompt in enumerate(prompts):
+        rows = theirs.generate(
+            torch.from_numpy(prompt)[None], attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=40, do_sample=False, eos_token_id=stop, pad_token_id=0,
+        )
+        expected = rows[0, len(prompt):].numpy()
+        np.testing.assert_array_equal(ours.sequences[i], expected)
+        assert ours.stopped[i] == (expected[-1] == stop)
+        lengths.add(len(expected))
+    assert max(lengths) > 5

@@ -1,0 +1,140 @@
+"""Generation from a published directory, by flags, against a plain greedy loop."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl.testing import flagsaver
+
+from experiments import generate
+from research.core.checkpoint import Checkpointer
+from research.core.state import TrainState
+from research.lm import checkpoints, hf
+from research.lm.hf import tiny
+from research.lm.tokenizer import Tokenizer
+
+PROMPTS = ["2+2=", "hello, ", "é"]
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tiny.write(tmp_path_factory.mktemp("generate") / "tiny", hidden_size=32)
+
+
+def run(directory, tmp_path, **values):
+    out = tmp_path / "out.jsonl"
+    out.unlink(missing_ok=True)
+    values = {"hf": str(directory), "json": str(out), "max_new_tokens": NEW, **values}
+    with flagsaver.flagsaver(**values):
+        generate.run_from_flags()
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def greedy(directory, text: str) -> str:
+    model, params = hf.load(directory)
+    tokenizer = Tokenizer.load(directory)
+    ids = tokenizer.encode(text).tolist()
+    start = len(ids)
+    apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
+    for _ in range(NEW):
+        padded = jnp.asarray([ids + [0] * (64 - len(ids))])  # one shape; later tokens do not matter
+        logits = np.array(apply(padded)[0, len(ids) - 1])
+        logits[tokenizer.vocab_size :] = -np.inf  # rows that pad the embedding
+        ids.append(int(logits.argmax()))
+        if ids[-1] == tokenizer.eos_id:
+            return tokenizer.decode(ids[start:-1])
+    return tokenizer.decode(ids[start:])
+
+
+def test_greedy_is_the_most_likely_token_each_time(directory, tmp_path):
+    rows = run(directory, tmp_path, prompt=PROMPTS, temperature=0.0)
+    assert [row["prompt"] for row in rows] == PROMPTS
+    for row in rows:
+        assert row["completion"] == greedy(directory, row["prompt"])
+        assert row["stopped"] == (row["tokens"] < NEW) and row["logprob"] < 0
+
+
+def test_samples_depend_on_seed_and_place_not_on_the_batch(directory, tmp_path):
+    settings = {"prompt": PROMPTS, "samples": 3, "temperature": 0.8}
+    rows = run(directory, tmp_path, **settings, batch=64)
+    assert [(row["index"], row["sample"]) for row in rows] == [
+        (i, s) for i in range(3) for s in range(3)
+    ]
+    assert len({row["completion"] for row in rows}) == 9
+    again = run(directory, tmp_path, **settings, batch=1)
+    assert [row["completion"] for row in again] == [row["completion"] for row in rows]
+    other = run(directory, tmp_path, **settings, seed=1)
+    assert all(a["completion"] != b["completion"] for a, b in zip(rows, other, strict=True))
+
+
+def test_prompts_file_and_chat(directory, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    talk = [{"role": "user", "content": "2+2="}]
+    file.write_text(json.dumps({"id": "a", "messages": talk}) + '\n\n{"prompt": "2+2="}\n')
+    rows = run(directory, tmp_path, prompts_file=str(file), chat=True, temperature=0.0)
+    assert rows[0]["id"] == "a" and rows[0]["completion"] == rows[1]["completion"]
+    assert rows[0]["completion"] == greedy(
+        directory, "<|im_start|>user\n2+2=<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_runs_continue_from_the_checkpoint_asked_for(directory, tmp_path):
+    model, params = hf.load(directory)
+    checkpoints.describe(tmp_path, model, Tokenizer.load(directory))
+    saver = Checkpointer(tmp_path / "checkpoints", best_metric="reward")
+    state = TrainState.create(params, optax.sgd(0.1), jax.random.key(0))
+    mirrored = state.replace(params=jax.tree.map(lambda x: -x, params))
+    saver.save(1, state, metrics={"reward": 1.0})
+    saver.save(2, mirrored, metrics={"reward": 0.5})
+    saver.close()
+    settings = {"prompt": PROMPTS, "temperature": 0.0, "hf": None, "run": str(tmp_path)}
+    best = run(directory, tmp_path, **settings, step="best")
+    assert [row["completion"] for row in best] == [greedy(directory, text) for text in PROMPTS]
+    newest = run(directory, tmp_path, **settings)
+    assert newest == run(directory, tmp_path, **settings, step="2") != best
+
+
+def test_text_goes_to_standard_output(directory, tmp_path, capsys):
+    with flagsaver.flagsaver(
+        hf=str(directory), prompt=PROMPTS[:1], max_new_tokens=NEW, temperature=0.0
+    ):
+        generate.run_from_flags()
+    head, *rest = capsys.readouterr().out.split("\n")
+    assert head.startswith("=== prompt 0, sample 0, ")
+    assert "\n".join(rest) == greedy(directory, PROMPTS[0]) + "\n"
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("{", "prompts.jsonl, line 2: not JSON"),
+        ('{"question": "x"}', "prompts.jsonl, line 2: needs 'prompt'"),
+        ("[]", "prompts.jsonl, line 2: needs 'prompt'"),
+        ('{"messages": []}', "prompt 1 is a conversation; add --chat"),
+        ('{"prompt": ""}', "prompt 1 is empty"),
+    ],
+)
+def test_bad_lines_are_named(line, reason, directory, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "x"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=reason):
+        run(directory, tmp_path, prompts_file=str(file))
+
+
+def test_settings_are_refused_before_the_output_is_touched(directory, tmp_path):
+    out = tmp_path / "out.jsonl"
+    for values, reason in (
+        ({"run": "x"}, "one of --run and --hf"),
+        ({"prompt": []}, "nothing to continue"),
+        ({"max_new_tokens": 5000}, "context"),
+        ({"top_p": 0.0}, "top_p"),
+    ):
+        out.write_text("kept")
+        values = {"hf": str(directory), "json": str(out), "prompt": ["a"], **values}
+        with flagsaver.flagsaver(**values), pytest.raises(ValueError, match=reason):
+            generate.run_from_flags()
+        assert out.read_text() == "kept"
