@@ -164,30 +164,44 @@ def spmd(
 
 
 def evaluation(
-    loss_fn: LossFn, mesh: Mesh, *, micro_rows: int | None = None
+    loss_fn: LossFn,
+    mesh: Mesh,
+    *,
+    micro_rows: int | None = None,
+    batch_axes: str | tuple[str, ...] = "data",
 ) -> Callable[[Any, Batch], tuple[jax.Array, Metrics]]:
-    """`f(params, batch) -> (loss, metrics)`: the forward half of `data_parallel`, same batches."""
+    """`f(params, batch) -> (loss, metrics)`: the forward half of a step, for the same batches.
+
+    On a mesh with the one axis 'data' it works like `data_parallel`, otherwise like `spmd` with the
+    parameters as they lie.
+    """
+    axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
+    mapped = tuple(mesh.shape) == ("data",)
+    shards = 1 if mapped else math.prod(mesh.shape[axis] for axis in axes)
 
     def forward(params, batch):
         batch = dict(batch)
         num_micro = batch.pop("num_micro", None)
         loss, metrics = _sum_over_micro_batches(
-            lambda b: loss_fn(params, b), batch, micro_rows, num_micro, 1, "data"
-        )
-        return lax.psum(loss, "data"), {k: m.psum("data") for k, m in metrics.items()}
+            lambda b: loss_fn(params, b), batch, micro_rows, num_micro, shards,
+            "data" if mapped else None,
+        )  # fmt: skip
+        if mapped:
+            loss = lax.psum(loss, "data")
+            metrics = {name: metric.psum("data") for name, metric in metrics.items()}
+        return loss, metrics
 
-    program = jax.jit(
-        jax.shard_map(
-            forward,
-            mesh=mesh,
-            in_specs=(PartitionSpec(), PartitionSpec("data")),
-            out_specs=PartitionSpec(),
-        )
-    )
-    everywhere = sharding.replicated(mesh)
-    return lambda params, batch: program(
-        sharding.place(params, everywhere), sharding.place_rows(batch, mesh)
-    )
+    if mapped:
+        specs = (PartitionSpec(), PartitionSpec("data"))
+        forward = jax.shard_map(forward, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    program = jax.jit(forward, out_shardings=sharding.replicated(mesh))
+
+    def evaluate(params, batch):
+        if mapped:
+            params = sharding.place(params, sharding.replicated(mesh))
+        return program(params, sharding.place_rows(batch, mesh, axes))
+
+    return evaluate
 
 
 def accumulate(

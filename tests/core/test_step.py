@@ -269,10 +269,12 @@ def test_the_step_needs_no_host():
     assert np.isfinite(float(metrics["loss"]))
 
 
-def test_evaluation_is_the_loss_without_the_update():
-    grid = mesh.make("data=4")
+@pytest.mark.parametrize("shape, rules", [("data=4", ()), ("data=2,model=4", BOTH)])
+def test_evaluation_is_the_loss_without_the_update(shape, rules):
+    grid = mesh.make(shape)
     batch = make_batch()
-    loss, metrics = step.evaluation(loss_fn, grid, micro_rows=2)(make_params(), batch)
+    params = sharding.place(make_params(), sharding.tree_shardings(rules, make_params(), grid))
+    loss, metrics = step.evaluation(loss_fn, grid, micro_rows=2)(params, batch)
     expected, expected_metrics = loss_fn(make_params(), batch)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     for name, metric in expected_metrics.items():
