@@ -74,15 +74,15 @@ def generate(
     Raises:
         ValueError: a prompt or setting that the model cannot take, before any work.
     """
-    devices = jax.device_count()
     slots = min(batch, samples * len(prompts))
+    devices = min(slots, jax.device_count())
     slots = -(-slots // devices) * devices
     sampler = Sampler(
         model,
         slots=slots,
         max_prompt=max(map(len, prompts)),
         max_new_tokens=max_new_tokens,
-        mesh=meshes.make("data=-1") if devices > 1 else None,
+        mesh=meshes.make({"data": devices}) if devices > 1 else None,
     )
     sampling = Sampling(
         max_new_tokens,
