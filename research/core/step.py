@@ -129,15 +129,12 @@ def spmd(
     axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
     shards = math.prod(mesh.shape[axis] for axis in axes)
     rows = NamedSharding(mesh, PartitionSpec(axes))
-    programs: dict[Any, Any] = {}
+    built: dict[Any, tuple[Any, Any]] = {}  # by the state's structure
 
-    def state_shardings(state):
-        return sharding.tree_shardings(rules, state, mesh, min_size=min_size)
-
-    def program(state):
+    def build(state):
         structure = jax.tree.structure(state)
-        if structure not in programs:
-            layout = state_shardings(state)
+        if structure not in built:
+            layout = sharding.tree_shardings(rules, state, mesh, min_size=min_size)
 
             def constrained(params, micro_batch):
                 # The constraint's transpose lays the gradients out like the parameters.
@@ -148,17 +145,18 @@ def spmd(
             update = partial(
                 _update, constrained, optimizer, micro_rows, shards=shards, axis_name=None
             )
-            programs[structure] = jax.jit(
+            program = jax.jit(
                 update,
                 in_shardings=(layout, rows),
                 out_shardings=(layout, sharding.replicated(mesh)),
                 donate_argnums=0,
             )
-        return programs[structure]
+            built[structure] = layout, program
+        return built[structure]
 
     return Step(
-        program,
-        lambda state: sharding.place(state, state_shardings(state)),
+        lambda state: build(state)[1],
+        lambda state: sharding.place(state, build(state)[0]),
         partial(sharding.place_rows, mesh=mesh, axes=axes),
     )
 
