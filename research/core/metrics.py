@@ -121,11 +121,9 @@ class Writer:
         self._file = self._events = None
 
     def _open(self) -> None:
-        from tensorboardX import SummaryWriter  # here, because it takes a while to import
-
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a")
-        self._events = SummaryWriter(
+        self._events = _summary_writer()(
             str(self.path.parent / "tensorboard"),
             purge_step=self._last_step + 1,
             filename_suffix=f".{time.time_ns()}",  # its own names are unique to a second only
@@ -183,6 +181,22 @@ _listening: list[bool] = []  # one listener for the process, however many counte
 def _on_duration(event: str, seconds: float, **_: Any) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
         CompileCounter._total += 1
+
+
+def _summary_writer() -> type:
+    """tensorboardX's SummaryWriter; imported late, and without the seconds that torch takes.
+
+    tensorboardX imports torch where it is installed, for tensors that it never gets here.
+    """
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def _step(line: str) -> float:
