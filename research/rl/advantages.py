@@ -28,14 +28,17 @@ def group_relative(
       group_size: G, the number of responses to a prompt.
 
     Returns:
-      advantages [N] float32, and degenerate [N / G] bool: groups whose rewards are all equal. Their advantages are exactly zero.
+      advantages [N] float32, and degenerate [N / G] bool: groups whose rewards are all equal, and whose advantages
+      are exactly zero.
 
     Raises:
       ValueError: N is not a multiple of G, or a reward is not finite.
     """
     rewards = np.asarray(rewards, np.float64)
     if rewards.ndim != 1 or group_size < 1 or len(rewards) % group_size:
-        raise ValueError(f"rewards of shape {rewards.shape} do not split into groups of {group_size}")
+        raise ValueError(
+            f"rewards of shape {rewards.shape} do not split into groups of {group_size}"
+        )
     if not np.isfinite(rewards).all():
         bad = np.flatnonzero(~np.isfinite(rewards))[:5].tolist()
         raise ValueError(f"rewards must be finite; rows {bad} are not. Mend the reward function.")

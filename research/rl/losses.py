@@ -26,9 +26,9 @@ class LossConfig:
     aggregation: `grpo` mean over a response's tokens, then over responses (DeepSeekMath's per-token form);
       `token` mean over all tokens (DAPO); `drgrpo` sum over tokens / (responses x length limit);
       `sequence` one ratio for each response, as the R1 paper writes it.
-    clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. R1's stage 1 uses 10 for both: then only
-      tokens with positive advantage and ratio > 11 are clipped, and the ratio's own bound is +-20 in logarithm.
-    dual_clip: bound on ratio * |A| for negative advantages (None: no bound; 3 is common elsewhere and contradicts clip 10).
+    clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. R1's stage 1 uses 10 for both: then
+      only tokens with positive advantage and ratio > 11 are clipped, and the ratio's own bound is +-20 in logarithm.
+    dual_clip: bound on ratio * |A| for negative advantages (None: no bound; 3 is common and contradicts clip 10).
     kl_coef, kl_estimator: penalty on KL(policy || reference), inside the loss.
     importance_cap: C of the truncated importance weight min(p_old / p_sampler, C) that corrects for a sampler whose
       probabilities differ from the trainer's (None: off).
@@ -68,7 +68,9 @@ def token_weights(
     elif aggregation == "drgrpo":
         weights = np.full_like(lengths, 1.0 / (num_sequences * length_limit))
     else:
-        raise ValueError(f"unknown aggregation {aggregation!r}; use grpo, token, drgrpo or sequence")
+        raise ValueError(
+            f"unknown aggregation {aggregation!r}; use grpo, token, drgrpo or sequence"
+        )
     return np.where(lengths > 0, weights, 0.0).astype(np.float32)
 
 
@@ -139,7 +141,9 @@ def policy_loss(
     return loss, jax.lax.stop_gradient(metrics)
 
 
-def _mismatch(trainer_logprobs: Array, sampler_logprobs: Array, mask: Array) -> dict[str, Mean | Max]:
+def _mismatch(
+    trainer_logprobs: Array, sampler_logprobs: Array, mask: Array
+) -> dict[str, Mean | Max]:
     """How far the sampler's log-probabilities are from the trainer's, on the sampled tokens."""
     gap = jnp.where(mask, trainer_logprobs - sampler_logprobs, 0.0)
     count = mask.sum()

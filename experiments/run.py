@@ -1,0 +1,110 @@
+"""The launcher: trains anything.
+
+    python -m experiments.run --config=experiments/configs/deepseek_r1/zero_gsm8k.py \\
+        --config.init_from=/models/Qwen2.5-0.5B --config.loop.steps=200 --workdir=runs/zero
+
+`--config=FILE:argument` passes the argument to the file's `get_config`. A run's directory holds the resolved
+`config.json`, `provenance.json`, `metrics.jsonl`, TensorBoard events, checkpoints and samples. The same command
+resumes an interrupted run exactly where it was saved.
+"""
+
+import importlib
+import json
+import logging
+import os
+import pathlib
+import signal
+import sys
+import traceback
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from research.core import config as configs
+from research.core import loop, mesh, provenance
+
+KINDS = {  # a config's `kind` → the module with its `Config`, and `build` (a loop.Trainer) or `main` (several)
+    "lm": "research.lm.trainer",
+    "rl": "research.rl.trainer",
+    "quickstart": "experiments.quickstart",
+}
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "What to train: a file with get_config()."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's directory; default: runs/<name of the config file>."
+)
+_CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices",
+    min(2, os.cpu_count() or 1),
+    "Devices that a CPU is split into, when there is no accelerator.",
+    1,
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, for runs of several processes."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "Processes of the run.", 1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "This process's number, from 0.", 0)
+_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    "~/.cache/january/jax",
+    "Where compiled programs are kept between runs ('' to keep none).",
+)
+
+
+def train(config: Any, workdir: str | pathlib.Path) -> dict[str, Any] | None:
+    """Runs the experiment of a resolved config (one of the `Config` classes of `KINDS`) in `workdir`."""
+    module = importlib.import_module(KINDS[config.kind])
+    workdir = pathlib.Path(workdir)
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "provenance.json").write_text(json.dumps(provenance.describe(), indent=2) + "\n")
+    if hasattr(module, "main"):
+        return module.main(config, workdir)
+    loop.run(module.build(config, workdir), config.loop, workdir, fingerprint_of=config)
+    return None
+
+
+def setup_from_flags() -> None:
+    """Devices, compilation cache and processes, as the flags say; before JAX touches a device."""
+    for name in ("absl", "jax", "tensorboardX"):  # Orbax tells its life in the first
+        logging.getLogger(name).setLevel(logging.WARNING)
+    mesh.force_cpu_devices(_CPU_DEVICES.value)
+    if _CACHE.value:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(_CACHE.value))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    if _NUM_PROCESSES.value > 1:
+        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise app.UsageError(f"unknown arguments {arguments[1:]}; settings are --config.key=value")
+    if _CONFIG.value is None:
+        raise app.UsageError("--config=FILE is needed; see experiments/configs")
+    setup_from_flags()
+    kind = _CONFIG.value.get("kind")
+    if kind not in KINDS:
+        raise app.UsageError(f"the config's kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+    config = configs.from_config_dict(importlib.import_module(KINDS[kind]).Config, _CONFIG.value)
+    name = pathlib.Path(flags.FLAGS["config"].config_filename.split(":")[0]).stem
+    workdir = _WORKDIR.value or f"runs/{name}"
+    try:
+        train(config, workdir)
+    except loop.Interrupted as stop:
+        print(f"{stop}. The same command goes on from there.", file=sys.stderr)
+        sys.exit(128 + int(stop.signum))
+    except Exception as error:
+        log = pathlib.Path(workdir) / "error.txt"
+        log.write_text(traceback.format_exc())
+        print(f"error: {error}\n(the traceback is in {log})", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    app.run(main)

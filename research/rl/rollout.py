@@ -1,0 +1,257 @@
+"""From problems to graded responses (`Actor`), and from these to packed training minibatches (`minibatches`)."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from research.lm.packing import pack, pack_sequences
+from research.lm.sampler import Completions, Sampler, Sampling
+from research.lm.tokenizer import Tokenizer
+from research.rewards import Reward, Rewarder, Status, language, summarize
+from research.rl.evaluation import Samples, report
+from research.tasks import Problem, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Episodes:
+    """Graded responses: `group_size` rows for each problem, in the problems' order.
+
+    texts are the decoded responses without their end token.
+    """
+
+    problems: list[Problem]
+    prompts: list[np.ndarray]
+    completions: Completions
+    texts: list[str]
+    rewards: list[Reward]
+    group_size: int
+
+    def of_problem(self, rows: Sequence) -> np.ndarray:
+        """[P * G] per-response values as [P, G]."""
+        return np.asarray(rows).reshape(len(self.problems), self.group_size)
+
+    def samples(self) -> Samples:
+        """The responses as `evaluation` measures them."""
+        by_problem = self.of_problem
+        return Samples(
+            correct=by_problem([r.status == Status.RIGHT for r in self.rewards]),
+            answers=self._lists([r.answer for r in self.rewards]),
+            formatted=by_problem([r.parts["format"] > 0 for r in self.rewards]),
+            lengths=by_problem(self.completions.lengths),
+            truncated=by_problem(~self.completions.stopped),
+            difficulty=np.array([p.difficulty for p in self.problems]),
+            texts=self._lists(self.texts),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Everything that is logged of a rollout: rewards, statuses, accuracy, lengths, reflection, language."""
+        metrics = summarize(self.rewards)
+        metrics |= {f"rollout/{k}": v for k, v in report(self.samples(), k=self.group_size).items()}
+        shares = [
+            language.consistency(
+                self.problems[row // self.group_size].question, language.thought_of(text)
+            )
+            for row, text in enumerate(self.texts)
+        ]
+        if known := [share for share in shares if share is not None]:
+            metrics["rollout/language"] = float(np.mean(known))
+        return metrics
+
+    def _lists(self, rows: list) -> list[list]:
+        size = self.group_size
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+    def records(self) -> Iterator[dict]:
+        """One JSON-ready record for each response: question, response, reward and status."""
+        for row, (text, reward) in enumerate(zip(self.texts, self.rewards, strict=True)):
+            problem = self.problems[row // self.group_size]
+            yield {
+                "id": problem.id,
+                "question": problem.question,
+                "answer": problem.answer,
+                "difficulty": problem.difficulty,
+                "response": text,
+                "length": int(self.completions.lengths[row]),
+                "stopped": bool(self.completions.stopped[row]),
+                "reward": reward.total,
+                "parts": dict(reward.parts),
+                "status": str(reward.status),
+            }
+
+
+class Actor:
+    """Answers problems with a policy and grades the answers.
+
+    Args:
+      template: prompt text with `{question}` in it.
+      chat: wrap that text as a user's turn in the tokenizer's chat template.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        tokenizer: Tokenizer,
+        rewarder: Rewarder,
+        template: str = "{question}",
+        chat: bool = False,
+    ):
+        if "{question}" not in template:
+            raise ValueError(f"the prompt template {template!r} has no '{{question}}' in it")
+        self.sampler = sampler
+        self.tokenizer = tokenizer
+        self.rewarder = rewarder
+        self._template = template
+        self._chat = chat
+
+    def prompt(self, problem: Problem) -> str:
+        text = self._template.replace("{question}", problem.question)
+        if self._chat:
+            messages = [{"role": "user", "content": text}]
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        return text
+
+    def check(self, task: Task, split: str) -> None:
+        """Refuses a finite split with a prompt that does not fit, before any work is done.
+
+        Raises ValueError naming the problem, its length and the limit.
+        """
+        size = task.size(split)
+        problems = [task.problem(split, i) for i in range(64 if size is None else size)]
+        prompts = self.tokenizer.encode_batch([self.prompt(p) for p in problems])
+        for problem, prompt in zip(problems, prompts, strict=True):
+            if len(prompt) > self.sampler.max_prompt:
+                raise ValueError(
+                    f"{split} problem {problem.id} has a prompt of {len(prompt)} tokens, and max_prompt is "
+                    f"{self.sampler.max_prompt}; raise max_prompt (context permitting) or leave the problem out"
+                )
+
+    def __call__(
+        self,
+        params,
+        problems: Sequence[Problem],
+        key: jax.Array,
+        sampling: Sampling,
+        group_size: int,
+        *,
+        seed: int,
+        first: int = 0,
+    ) -> Episodes:
+        """Samples `group_size` responses to each problem and grades them.
+
+        What is drawn for a problem depends on (key, first + its place, sample) alone; `seed` feeds the random-reward
+        control in the same way. `first` tells apart problems that different processes answer.
+        """
+        prompts = self.tokenizer.encode_batch([self.prompt(p) for p in problems])
+        completions = self.sampler(
+            params,
+            prompts,
+            key,
+            sampling,
+            num_samples=group_size,
+            prompt_ids=range(first, first + len(problems)),
+        )
+        bodies = [
+            ids[:-1] if stopped else ids
+            for ids, stopped in zip(completions.sequences, completions.stopped, strict=True)
+        ]
+        texts = self.tokenizer.decode_batch(bodies)
+        repeated = [p for p in problems for _ in range(group_size)]
+        rewards = self.rewarder(repeated, texts, completions.stopped, seed=seed)
+        return Episodes(list(problems), prompts, completions, texts, rewards, group_size)
+
+
+def evaluate(
+    actor: Actor,
+    params,
+    task: Task,
+    *,
+    problems: int,
+    samples: int,
+    sampling: Sampling,
+    seed: int,
+    split: str = "test",
+) -> tuple[dict[str, float], Episodes]:
+    """`evaluation.report` over `samples` responses to the first `problems` of a split, and the responses.
+
+    The same seed draws the same random numbers, whatever the parameters: two policies are compared on common noise.
+    Raises ValueError for a split with fewer problems.
+    """
+    size = task.size(split)
+    if size is not None and size < problems:
+        raise ValueError(f"{task.name} has {size} {split} problems, {problems} are asked for")
+    chosen = [task.problem(split, i) for i in range(problems)]
+    key = jax.random.fold_in(jax.random.key(seed), 0x7E57)
+    episodes = actor(params, chosen, key, sampling, samples, seed=seed)
+    return report(episodes.samples(), k=samples), episodes
+
+
+def minibatches(
+    episodes: Episodes,
+    order: np.ndarray,
+    advantages: np.ndarray,
+    weights: np.ndarray,
+    *,
+    row_length: int,
+    capacity: int,
+    devices: int,
+    micro_rows: int,
+) -> dict[str, np.ndarray]:
+    """Packs the responses `order` (row numbers, one minibatch) into training rows for `devices`.
+
+    Whole sequences (prompt and response) are packed best-fit into rows of `row_length`, the rows dealt to the
+    devices in turn. The result has a fixed shape, `capacity` rows for each device, and `num_micro` [devices] tells how many
+    micro-batches of `micro_rows` hold anything: cost follows the tokens, and shapes never change.
+
+    Returns: tokens, segment_ids, positions int32 and advantages, weights, sampler_logprobs float32, all
+      [devices * capacity, row_length]; num_micro int32 [devices]. Weights are zero outside the responses.
+    """
+    sequences = []
+    for row in order:
+        prompt = episodes.prompts[row // episodes.group_size]
+        length = int(episodes.completions.lengths[row])
+        response = episodes.completions.tokens[row, :length]
+        before = len(prompt)
+        sequences.append(
+            {
+                "tokens": np.concatenate([prompt, response]).astype(np.int32),
+                "advantages": _after(before, np.full(length, advantages[row], np.float32)),
+                "weights": _after(before, np.full(length, weights[row], np.float32)),
+                "sampler_logprobs": _after(before, episodes.completions.logprobs[row, :length]),
+            }
+        )
+    best_fit = pack([len(s["tokens"]) for s in sequences], row_length)
+    share = -(-best_fit.num_rows // devices)
+    dealt = best_fit._replace(
+        row=best_fit.row % devices * capacity + best_fit.row // devices, num_rows=devices * capacity
+    )
+    batch = pack_sequences(sequences, row_length, assignment=dealt)
+    batch["num_micro"] = np.full(devices, -(-share // micro_rows), np.int32)
+    return batch
+
+
+def rows_needed(
+    sequences: int, longest: int, row_length: int, devices: int, micro_rows: int
+) -> int:
+    """Rows for each device that hold `sequences` of at most `longest` tokens, however they fall.
+
+    Best-fit leaves at most one row half empty, so N tokens never need more than 2N / row_length + 1 rows; nor more than
+    one row for every floor(row_length / longest) sequences.
+    """
+    if longest > row_length:
+        raise ValueError(
+            f"row_length {row_length} is shorter than prompt and response together, {longest}"
+        )
+    rows = min(-(-sequences // (row_length // longest)), 2 * sequences * longest // row_length + 1)
+    return -(-rows // (devices * micro_rows)) * micro_rows
+
+
+def _after(prompt_length: int, values: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(prompt_length, np.float32), values.astype(np.float32)])
+
+
+def local_devices(mesh: Mesh) -> int:
+    """Devices of the mesh that this process feeds."""
+    return sum(d.process_index == jax.process_index() for d in mesh.devices.flat)

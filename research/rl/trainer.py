@@ -1,0 +1,476 @@
+"""Reinforcement learning with verifiable rewards as a `core.loop.Trainer`.
+
+One loop step is one rollout: `prompts` problems x `group_size` responses are sampled and graded (`collect`), scored by
+the reference and, if several updates follow, by the policy that sampled them; then `updates` minibatches are drawn from
+them, one optimizer update each (`step`). DeepSeek-R1's setting is 512 prompts x 16, 16 updates (Nature supplement 2).
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec
+
+from research.core import mesh as meshes
+from research.core import optim, sharding
+from research.core.loop import LoopConfig, Trainer
+from research.core.metrics import Mean
+from research.core.optim import OptimConfig
+from research.core.state import TrainState
+from research.core.step import data_parallel
+from research.lm import checkpoints
+from research.lm.decoder import Decoder
+from research.lm.logprobs import token_logprobs
+from research.lm.sampler import Sampler, Sampling
+from research.lm.tokenizer import Tokenizer
+from research.rewards import RewardConfig, Rewarder
+from research.rl import advantages
+from research.rl.losses import LossConfig, policy_loss, token_weights
+from research.rl.rollout import Actor, Episodes, evaluate, local_devices, minibatches, rows_needed
+from research.tasks import Problem, Task, TaskConfig
+from research.tasks import make as make_task
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How responses are drawn.
+
+    prompts, group_size: problems for each rollout over all processes, and responses to each.
+    max_prompt, max_new_tokens: limits in tokens; `length_schedule` holds (step, limit) pairs, each of which replaces
+      the response limit from that loop step on (R1-Zero doubles it at update 8,200).
+    template, chat: see `Actor`.
+    slots: responses sampled at the same time, over this process's devices (0: all of a rollout).
+    """
+
+    prompts: int = 32
+    group_size: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_prompt: int = 512
+    max_new_tokens: int = 1024
+    length_schedule: tuple[tuple[int, int], ...] = ()
+    template: str = "{question}"
+    chat: bool = False
+    slots: int = 0
+
+    @property
+    def longest_response(self) -> int:
+        return max([self.max_new_tokens, *(limit for _, limit in self.length_schedule)])
+
+    def limit_at(self, step: int) -> int:
+        """Response limit at a loop step."""
+        limit = self.max_new_tokens
+        for start, value in sorted(self.length_schedule):
+            if step >= start:
+                limit = value
+        return limit
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """pass@1 and the rest over `samples` responses to the first `problems` of the test split (0: no evaluation)."""
+
+    problems: int = 64
+    samples: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """An RL run.
+
+    init_from: an HF directory or the directory of a run, whose model and tokenizer are taken.
+    advantage_scale, advantage_ddof: see `advantages.group_relative`.
+    mask_truncated: leave out responses that hit the length limit (the paper does not say; off keeps the pressure
+      to finish).
+    updates, epochs: optimizer updates drawn from one rollout, and passes over it.
+    reference_every: the reference becomes the policy every so many updates (0: never).
+    row_length, micro_rows: training rows hold `row_length` tokens (0: prompt + response limit); a device computes
+      `micro_rows` of them at a time.
+    save_samples_every: write the first groups of every n-th rollout to samples/ (0: never).
+    """
+
+    kind: Literal["rl"] = "rl"
+    seed: int = 0
+    mesh: str = "data=-1"
+    init_from: str = ""
+    dtype: str = "float32"
+    remat: Literal["none", "full", "dots"] = "none"
+    scan_layers: bool = True
+    task: TaskConfig = TaskConfig()
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    loss: LossConfig = LossConfig()
+    advantage_scale: advantages.Scale = "group_std"
+    advantage_ddof: int = 1
+    mask_truncated: bool = False
+    updates: int = 1
+    epochs: int = 1
+    reference_every: int = 400
+    row_length: int = 0
+    micro_rows: int = 8
+    optim: OptimConfig = OptimConfig(lr=1e-6)
+    eval: EvalConfig = EvalConfig()
+    save_samples_every: int = 10
+    loop: LoopConfig = LoopConfig(steps=100)
+
+    def __post_init__(self):
+        responses = self.rollout.prompts * self.rollout.group_size
+        if responses % self.updates:
+            raise ValueError(
+                f"{responses} responses of a rollout do not split into updates={self.updates} minibatches; "
+                "choose a divisor of rollout.prompts * rollout.group_size"
+            )
+
+
+def build(
+    config: Config,
+    workdir: str | pathlib.Path,
+    *,
+    model: Decoder | None = None,
+    params: Any = None,
+    tokenizer: Tokenizer | None = None,
+) -> Trainer:
+    """The trainer of `config`; its policy starts from `model` and `params` if given, else from `config.init_from`.
+
+    Raises ValueError, before any training, for prompts that do not fit, limits beyond the model's context, and the
+    errors of the task, the checkpoint and the mesh.
+    """
+    if model is None:
+        model, params, tokenizer = checkpoints.load(config.init_from)
+    model = Decoder(
+        dataclasses.replace(
+            model.config, dtype=config.dtype, remat=config.remat, scan_layers=config.scan_layers
+        )
+    )
+    run = _Run(config, pathlib.Path(workdir), model, params, tokenizer)
+    if jax.process_index() == 0:
+        checkpoints.describe(workdir, model, tokenizer)
+    return run.trainer()
+
+
+class _Run:
+    """What the four functions of one RL run share."""
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: pathlib.Path,
+        model: Decoder,
+        params: Any,
+        tokenizer: Tokenizer,
+    ):
+        self.config, self.model, self.initial_params = config, model, params
+        self.workdir = workdir
+        self.mesh = meshes.make(config.mesh)
+        self.task: Task = make_task(config.task)
+        rollout = config.rollout
+        longest = rollout.max_prompt + rollout.longest_response
+        if longest > model.config.max_position:
+            raise ValueError(
+                f"rollout.max_prompt + the longest response limit is {longest} tokens, and the model's context is "
+                f"{model.config.max_position}"
+            )
+        processes = jax.process_count()
+        if rollout.prompts % processes:
+            raise ValueError(
+                f"rollout.prompts={rollout.prompts} does not split over {processes} processes"
+            )
+        self.local_prompts = rollout.prompts // processes
+        self.local_devices = local_devices(self.mesh)
+        local_mesh = meshes.make({"data": self.local_devices}, jax.local_devices())
+        responses = self.local_prompts * rollout.group_size
+        sampler = Sampler(
+            model,
+            slots=_round_up(rollout.slots or responses, self.local_devices),
+            max_prompt=rollout.max_prompt,
+            max_new_tokens=rollout.longest_response,
+            mesh=local_mesh,
+        )
+        rewarder = Rewarder(config.reward, self.task)
+        self.actor = Actor(sampler, tokenizer, rewarder, rollout.template, rollout.chat)
+        self.actor.check(self.task, "train")
+        if config.eval.problems:
+            self.actor.check(self.task, "test")
+        self.stop_ids = tokenizer.stop_ids
+        self.row_length = config.row_length or longest
+        self.capacity = rows_needed(
+            -(-responses // config.updates),
+            longest,
+            self.row_length,
+            self.local_devices,
+            config.micro_rows,
+        )
+        total_updates = config.loop.steps * config.updates * config.epochs
+        self.optimizer = optim.make(config.optim, total_updates)
+        self.update = data_parallel(
+            self._loss, self.optimizer, self.mesh, micro_rows=config.micro_rows
+        )
+        self.score = _scorer(model, self.mesh, config.micro_rows, rollout.temperature)
+        self.keeps_reference = config.loss.kl_coef != 0.0
+        self.keeps_old = config.updates * config.epochs > 1
+        self.key = jax.random.key(config.seed)
+        self._epoch, self._order = -1, np.zeros(0, np.int64)
+
+    def trainer(self) -> Trainer:
+        evaluate = self.evaluate if self.config.eval.problems else None
+        return Trainer(
+            self.init, self.collect, self.step, evaluate, close=self.actor.rewarder.close
+        )
+
+    def init(self) -> TrainState:
+        params = jax.tree.map(jnp.copy, self.initial_params)
+        extra = {"ref_params": jax.tree.map(jnp.copy, params)} if self.keeps_reference else {}
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self.optimizer.init(params),
+            key=jnp.copy(jax.random.key_data(self.key)),  # the state is donated
+            extra=extra,
+        )
+
+    def collect(self, state: TrainState, step: int) -> tuple[dict[str, Any], dict[str, float]]:
+        config, rollout = self.config, self.config.rollout
+        started = time.perf_counter()
+        first = jax.process_index() * self.local_prompts
+        problems = [
+            self._train_problem(step * rollout.prompts + first + i)
+            for i in range(self.local_prompts)
+        ]
+        limit = rollout.limit_at(step)
+        episodes = self.actor(
+            state.params,
+            problems,
+            jax.random.fold_in(self.key, step),
+            Sampling(
+                max_new_tokens=limit,
+                temperature=rollout.temperature,
+                top_k=rollout.top_k,
+                top_p=rollout.top_p,
+                min_p=rollout.min_p,
+                stop_ids=self.stop_ids,
+            ),
+            rollout.group_size,
+            seed=_reward_seed(config.seed, step),
+            first=first,
+        )
+        sampled = time.perf_counter()
+        rewards = np.array([r.total for r in episodes.rewards], np.float64)
+        values, degenerate = advantages.group_relative(
+            rewards, rollout.group_size, scale=config.advantage_scale, ddof=config.advantage_ddof
+        )
+        lengths = episodes.completions.lengths.copy()
+        if config.mask_truncated:
+            lengths[~episodes.completions.stopped] = 0
+        batches = [
+            self._minibatch(episodes, order, values, lengths, limit)
+            for order in self._orders(step, len(rewards))
+        ]
+        metrics = episodes.metrics() | {"rollout/zero_std": float(degenerate.mean())}
+        metrics = _mean_over_processes(metrics)
+        if (
+            config.save_samples_every
+            and step % config.save_samples_every == 0
+            and jax.process_index() == 0
+        ):
+            self._save_samples(episodes, step)
+        metrics["rollout/limit"] = float(limit)
+        metrics["tokens"] = float(sum((b["segment_ids"] > 0).sum() for b in batches))
+        metrics["time/sample"] = sampled - started
+        metrics["time/pack"] = time.perf_counter() - sampled
+        metrics["time/sampled_tokens_per_second"] = float(episodes.completions.lengths.sum()) / (
+            sampled - started
+        )
+        first_update = step * config.updates * config.epochs
+        return {"minibatches": batches, "first_update": first_update}, metrics
+
+    def step(self, state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+        config = self.config
+        started = time.perf_counter()
+        minibatches_ = [sharding.place_rows(b, self.mesh) for b in batch["minibatches"]]
+        for minibatch in minibatches_:
+            inputs = {k: minibatch[k] for k in ("tokens", "segment_ids", "positions", "num_micro")}
+            if self.keeps_reference:
+                minibatch["ref_logprobs"] = self.score(state.extra["ref_params"], inputs)
+            if self.keeps_old:
+                minibatch["old_logprobs"] = self.score(state.params, inputs)
+        every = config.reference_every
+        total: dict[str, Any] = {}
+        next_step = state.step + 1  # one loop step is one rollout, however many updates it makes
+        for i, minibatch in enumerate(minibatches_):
+            state, metrics = self.update(state, minibatch)
+            total = _merge(total, metrics)
+            if every and self.keeps_reference and (batch["first_update"] + i + 1) % every == 0:
+                state = state.replace(extra={"ref_params": jax.tree.map(jnp.copy, state.params)})
+        state = state.replace(step=next_step)
+        total["updates"] = float(batch["first_update"] + len(minibatches_))
+        total["time/dispatch"] = time.perf_counter() - started
+        return state, total
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        settings = self.config.eval
+        report, _ = evaluate(
+            self.actor,
+            state.params,
+            self.task,
+            problems=settings.problems,
+            samples=settings.samples,
+            sampling=Sampling(
+                max_new_tokens=self.config.rollout.longest_response,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                stop_ids=self.stop_ids,
+            ),
+            seed=self.config.seed,
+        )
+        return report
+
+    def _train_problem(self, index: int) -> Problem:
+        """Problem number `index` of the stream: fresh ones, or a finite split in a new order in each epoch."""
+        size = self.task.size("train")
+        if size is None:
+            return self.task.problem("train", index)
+        epoch, place = divmod(index, size)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self.config.seed, epoch]).permutation(size)
+        return self.task.problem("train", int(self._order[place]))
+
+    def _orders(self, step: int, responses: int) -> list[np.ndarray]:
+        """Rows of each minibatch: random ones of equal size, `epochs` times over the rollout."""
+        rng = np.random.default_rng([self.config.seed, step, jax.process_index()])
+        orders = []
+        for _ in range(self.config.epochs):
+            permutation = rng.permutation(responses)
+            orders += np.split(permutation, self.config.updates)
+        return orders
+
+    def _minibatch(
+        self,
+        episodes: Episodes,
+        order: np.ndarray,
+        values: np.ndarray,
+        lengths: np.ndarray,
+        limit: int,
+    ) -> dict[str, np.ndarray]:
+        sequences, tokens = _sum_over_processes(
+            np.array([len(order), lengths[order].sum()], np.float64)
+        )
+        weights = np.zeros(len(lengths), np.float32)
+        weights[order] = token_weights(
+            lengths[order],
+            self.config.loss.aggregation,
+            num_sequences=int(sequences),
+            num_tokens=int(tokens),
+            length_limit=limit,
+        )
+        return minibatches(
+            episodes,
+            order,
+            values,
+            weights,
+            row_length=self.row_length,
+            capacity=self.capacity,
+            devices=self.local_devices,
+            micro_rows=self.config.micro_rows,
+        )
+
+    def _loss(self, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
+        logprobs, entropy = token_logprobs(
+            self.model,
+            params,
+            batch["tokens"],
+            batch["positions"],
+            batch["segment_ids"],
+            temperature=self.config.rollout.temperature,
+        )
+        loss, metrics = policy_loss(
+            self.config.loss,
+            logprobs=logprobs,
+            old_logprobs=batch.get("old_logprobs"),
+            ref_logprobs=batch.get("ref_logprobs"),
+            sampler_logprobs=batch["sampler_logprobs"],
+            advantages=batch["advantages"],
+            weights=batch["weights"],
+            segment_ids=batch["segment_ids"],
+        )
+        mask = batch["weights"] > 0
+        metrics["entropy"] = Mean(
+            jnp.where(mask, jax.lax.stop_gradient(entropy), 0.0).sum(), mask.sum()
+        )
+        metrics["tokens"] = Mean(
+            (batch["segment_ids"] > 0).sum().astype(jnp.float32), jnp.zeros(())
+        )
+        return loss, metrics
+
+    def _save_samples(self, episodes: Episodes, step: int) -> None:
+        path = self.workdir / "samples" / f"rollout_{step + 1:06d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        records = list(episodes.records())[: 4 * episodes.group_size]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _scorer(model: Decoder, mesh, micro_rows: int, temperature: float):
+    """`score(params, batch) -> logprobs [rows, T]` over the micro-batches that hold anything."""
+
+    def score(params, batch):
+        num_micro, batch = batch["num_micro"], {k: v for k, v in batch.items() if k != "num_micro"}
+        rows, length = batch["tokens"].shape
+
+        def one(i, out):
+            part = {
+                k: lax.dynamic_slice_in_dim(v, i * micro_rows, micro_rows) for k, v in batch.items()
+            }
+            logprobs, _ = token_logprobs(
+                model, params, part["tokens"], part["positions"], part["segment_ids"], temperature
+            )
+            return lax.dynamic_update_slice_in_dim(out, logprobs, i * micro_rows, axis=0)
+
+        start = lax.pcast(jnp.zeros((rows, length), jnp.float32), "data", to="varying")
+        return lax.fori_loop(0, num_micro[0], one, start)
+
+    split, whole = PartitionSpec("data"), PartitionSpec()
+    program = jax.jit(jax.shard_map(score, mesh=mesh, in_specs=(whole, split), out_specs=split))
+    return lambda params, batch: program(sharding.place(params, sharding.replicated(mesh)), batch)
+
+
+def _merge(total: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of several updates: accumulators merged, of plain scalars the last."""
+    merged = dict(new)
+    for name, value in total.items():
+        if hasattr(value, "merge"):
+            merged[name] = value.merge(new[name])
+    return merged
+
+
+def _sum_over_processes(values: np.ndarray) -> np.ndarray:
+    if jax.process_count() == 1:
+        return values
+    return np.asarray(multihost_utils.process_allgather(values)).sum(axis=0)
+
+
+def _mean_over_processes(metrics: dict[str, float]) -> dict[str, float]:
+    if jax.process_count() == 1:
+        return metrics
+    # A process without, say, a right answer has no length of right answers: average over those that have one.
+    names = sorted(metrics)
+    values = np.asarray(multihost_utils.process_allgather(np.array([metrics[n] for n in names])))
+    return dict(zip(names, np.nanmean(values, axis=0).tolist(), strict=True))
+
+
+def _reward_seed(seed: int, step: int) -> int:
+    return int(np.random.default_rng([seed, step, jax.process_index()]).integers(2**31))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
