@@ -1,7 +1,7 @@
 """Every task of the reasoning-gym package, as `gym:NAME`.
 
-Training and test problems come from different seeds, and a training problem whose question is in
-the test split is replaced by a later one.
+Training and test problems come from different seeds, and each only from its side of
+`base.held_out`: a training problem whose question belongs to the test side is replaced by another.
 """
 
 import difflib
@@ -9,10 +9,11 @@ import functools
 import re
 from typing import Any
 
-from research.tasks.base import Problem, Split, Unparsed, check_index
+from research.tasks.base import Problem, Split, Unparsed, check_index, held_out
 
 _CHUNK = 1000  # problems for each seed; some datasets prepare all of theirs when they are made
 _SEEDS = 1 << 24  # between the first problems of two splits; a dataset adds the index to its seed
+_PATIENCE = 4000  # draws without a new test problem before there are no more
 _MAX_CHARACTERS = 20_000
 
 # Most scorers read an answer that makes no sense by tripping over it.
@@ -52,6 +53,8 @@ class GymTask:
         self._options = options
         self._seed = seed
         self._test_size = test_size
+        self._tests: list[Problem] = []  # as many as were asked for: some tasks take their time
+        self._test_draws = 0
         _make_dataset(name, options, 0)
 
     @functools.cached_property
@@ -64,15 +67,14 @@ class GymTask:
     def problem(self, split: Split, index: int) -> Problem:
         check_index(self.name, split, index, self.size(split))
         if split == "test":
+            while len(self._tests) <= index:
+                self._tests.append(self._next_test())
             return self._tests[index]
         for attempt in range(100):
             entry = self._entry("train", index + attempt * (_SEEDS // 128))
-            if entry["question"] not in self._test_questions:
+            if not self._held_out(entry):
                 return self._problem("train", index, entry)
-        raise ValueError(
-            f"{self.name}: the {self._test_size} test problems are all there are; lower test_size, "
-            "or widen its options"
-        )
+        raise ValueError(f"{self.name} has no training problems: widen its options")
 
     def verify(self, problem: Problem, answer: str) -> bool:
         """May run for ever; see `isolated`."""
@@ -88,25 +90,20 @@ class GymTask:
             raise Unparsed("an empty answer")
         return text
 
-    @functools.cached_property
-    def _tests(self) -> list[Problem]:
-        found: dict[str, Problem] = {}
-        for index in range(8 * self._test_size):
-            if len(found) == self._test_size:
-                break
-            entry = self._entry("test", index)
-            if entry["question"] not in found:
-                found[entry["question"]] = self._problem("test", len(found), entry)
-        if len(found) < self._test_size:
-            raise ValueError(
-                f"{self.name} gave {len(found)} different problems in {8 * self._test_size} draws: "
-                "lower test_size, or widen its options"
-            )
-        return list(found.values())
+    def _next_test(self) -> Problem:
+        seen = {problem.question for problem in self._tests}
+        for draw in range(self._test_draws, self._test_draws + _PATIENCE):
+            entry = self._entry("test", draw)
+            if self._held_out(entry) and entry["question"] not in seen:
+                self._test_draws = draw + 1
+                return self._problem("test", len(self._tests), entry)
+        raise ValueError(
+            f"{self.name} has too few problems: {len(self._tests)} for tests, of "
+            f"test_size={self._test_size}. Ask for fewer, or widen its options"
+        )
 
-    @functools.cached_property
-    def _test_questions(self) -> frozenset[str]:
-        return frozenset(problem.data["entry"]["question"] for problem in self._tests)
+    def _held_out(self, entry: dict[str, Any]) -> bool:
+        return held_out(f"{self.name}: {entry['question']}")
 
     def _entry(self, split: Split, index: int) -> dict[str, Any]:
         chunk, place = divmod(index, _CHUNK)

@@ -280,3 +280,14 @@ def test_grading_works_off_the_main_thread(math_rewarder):
     thread.start()
     thread.join(60)
     assert found == ["right", "wrong"]
+
+
+def test_a_gym_scorer_that_evaluates_answers_is_cut_short():
+    pytest.importorskip("reasoning_gym")
+    task = tasks.make("gym:puzzle24", test_size=1)
+    problem = task.problem("test", 0)
+    settings = RewardConfig(workers=1, timeout_s=2.0, max_failure_share=1.0)
+    with Rewarder(settings, task) as rewarder:
+        answers = ["9**9**9**9", problem.answer, f"({problem.answer}) + 0", "__import__('os')"]
+        rewards = rewarder([problem] * 4, list(map(text, answers)), [True] * 4, 0)
+    assert [r.status for r in rewards] == [Status.TIMEOUT, Status.RIGHT, Status.WRONG, Status.UNPARSED]

@@ -41,23 +41,25 @@ def test_options_reach_the_dataset(gym):
     }
 
 
-def test_training_passes_over_test_questions_even_where_there_are_few(gym):
-    """Sums of two digits: 200 problems with their signs, half of which are made test problems."""
-    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "test_size": 100}
-    task = tasks.make("gym:chain_sum", **options)
-    test = {task.problem("test", i).data["entry"]["metadata"]["expression"] for i in range(100)}
-    questions = {task.problem("test", i).question for i in range(100)}
-    assert len(questions) == 100
-    train = [task.problem("train", i) for i in range(400)]
-    assert not questions & {p.question for p in train}
-    assert len(test) <= 100
+def test_a_small_space_is_divided_without_overlap(gym):
+    """The sums and differences of two digits, drawn until hardly any is missing."""
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    task = tasks.make("gym:chain_sum", test_size=40, **options)
+    test = {task.problem("test", i).question for i in range(40)}
+    train = {task.problem("train", i).question for i in range(1500)}
+    assert len(test) == 40
+    assert len(train) > 120
+    assert not test & train
+    other = tasks.make("gym:chain_sum", test_size=40, seed=1, **options)
+    assert not train & {other.problem("test", i).question for i in range(40)}
 
 
-def test_too_small_a_task_is_an_error(gym):
+def test_too_small_a_space_is_an_error(gym):
     options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     task = tasks.make("gym:chain_sum", test_size=5000, **options)
-    with pytest.raises(ValueError, match="lower test_size"):
-        task.problem("test", 0)
+    assert task.problem("test", 0)
+    with pytest.raises(ValueError, match="for tests, of test_size=5000. Ask for fewer"):
+        task.problem("test", 4999)
 
 
 def test_unknown_names_and_settings_name_what_there_is(gym):
