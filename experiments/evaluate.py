@@ -132,7 +132,7 @@ def measure() -> tuple[dict[str, float], dict]:
     with Rewarder(reward, task) as rewarder:
         chat = _CHAT.value or bool(config and config.rollout.chat)
         actor = Actor(sampler, tokenizer, rewarder, TEMPLATES.get(template, template), chat)
-        actor.check(task, _SPLIT.value)
+        actor.check(task, _SPLIT.value, problems)
         figures, episodes = evaluate(
             actor,
             jax.jit(unstack)(params),

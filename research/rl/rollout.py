@@ -113,13 +113,13 @@ class Actor:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         return text
 
-    def check(self, task: Task, split: str) -> None:
-        """Refuses a finite split with a prompt that does not fit, before any work is done.
+    def check(self, task: Task, split: str, count: int | None = None) -> None:
+        """Refuses a prompt that does not fit, before any work is done: among the first `count`, or a finite split's all.
 
         Raises ValueError naming the problem, its length and the limit.
         """
-        size = task.size(split)
-        problems = [task.problem(split, i) for i in range(64 if size is None else size)]
+        count = count or task.size(split) or 64  # of an endless split, a sample
+        problems = [task.problem(split, i) for i in range(count)]
         prompts = self.tokenizer.encode_batch([self.prompt(p) for p in problems])
         for problem, prompt in zip(problems, prompts, strict=True):
             if len(prompt) > self.sampler.max_prompt:
@@ -202,8 +202,8 @@ def minibatches(
     """Packs the responses `order` (row numbers, one minibatch) into training rows for `devices`.
 
     Whole sequences (prompt and response) are packed best-fit into rows of `row_length`, the rows dealt to the
-    devices in turn. The result has a fixed shape, `capacity` rows for each device, and `num_micro` [devices] tells how many
-    micro-batches of `micro_rows` hold anything: cost follows the tokens, and shapes never change.
+    devices in turn. The result has a fixed shape, `capacity` rows for each device, and `num_micro` [devices]
+    tells how many micro-batches of `micro_rows` hold anything: cost follows the tokens, and shapes never change.
 
     Returns: tokens, segment_ids, positions int32 and advantages, weights, sampler_logprobs float32, all
       [devices * capacity, row_length]; num_micro int32 [devices]. Weights are zero outside the responses.

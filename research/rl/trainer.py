@@ -201,7 +201,7 @@ class _Run:
         self.actor = Actor(sampler, tokenizer, rewarder, rollout.template, rollout.chat)
         self.actor.check(self.task, "train")
         if config.eval.problems:
-            self.actor.check(self.task, "test")
+            self.actor.check(self.task, "test", config.eval.problems)
         self.stop_ids = tokenizer.stop_ids
         self.row_length = config.row_length or longest
         self.capacity = rows_needed(
@@ -407,9 +407,6 @@ class _Run:
         mask = batch["weights"] > 0
         metrics["entropy"] = Mean(
             jnp.where(mask, jax.lax.stop_gradient(entropy), 0.0).sum(), mask.sum()
-        )
-        metrics["tokens"] = Mean(
-            (batch["segment_ids"] > 0).sum().astype(jnp.float32), jnp.zeros(())
         )
         return loss, metrics
 

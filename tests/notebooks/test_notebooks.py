@@ -1,0 +1,35 @@
+"""Every notebook runs from top to bottom, with the values of its 'parameters' cell shrunk."""
+
+import pathlib
+
+import pytest
+
+NOTEBOOKS = sorted((pathlib.Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+SMALL = {
+    "01_quickstart": {"base_steps": 60, "rollouts": 3, "problems": 8},
+}
+
+
+def test_there_are_notebooks():
+    assert {path.stem for path in NOTEBOOKS} == set(SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path, tmp_path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient", reason="install the extra 'notebooks'")
+    import nbformat
+
+    monkeypatch.delenv("XLA_FLAGS")  # the notebook chooses its own devices
+    notebook = nbformat.read(path, as_version=4)
+    (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    values = SMALL[path.stem] | {"workdir": str(tmp_path / "run")}
+    parameters.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    root = path.parents[1]
+    nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(root)}}
+    ).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs), "no plot was drawn"
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "held-out pass@1" in text and "without 'wait'" in text
