@@ -108,6 +108,8 @@ def run(
     and checkpoints of another one are refused, but for the keys in `changeable`. Returns the state
     after the last step. Raises Interrupted, NonFiniteLoss, and what checkpoint.py raises.
     """
+    if config.best_metric.startswith("eval/") and trainer.evaluate is None:
+        raise ValueError(f"loop.best_metric={config.best_metric!r}: this trainer evaluates nothing")
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -186,6 +188,7 @@ class _Run:
             batch, host = self.trainer.collect(state, step - 1)
             host = {**host, "time/collect": time.perf_counter() - began}
             state, device = self.trainer.step(state, batch)
+            del batch
             host["compiles"] = compiles.count
             if pending is not None:
                 self._log(pending[0], self._fetch(*pending))
@@ -197,10 +200,8 @@ class _Run:
                 pending = None
                 if evaluate and not signum:  # a stop cannot wait: the resumed run evaluates
                     record |= self._evaluate(state)
-                    evaluate = False
                     signum = signals.agreed()
-                if not evaluate:
-                    self._log(step, record)
+                self._log(step, record)
                 if save or signum:
                     self._save(step, state, record)
                 if signum:
@@ -259,6 +260,11 @@ class _Run:
         if not _finite(getattr(state, "params", state)):
             raise self._non_finite(step, "the parameters are not finite")
         self.checkpointer.save(step, state, self.trainer.iterator, record)
+        best = self.config.best_metric
+        expected = not best.startswith("eval/") or any(key.startswith("eval/") for key in record)
+        if best and expected and best not in record:
+            names = ", ".join(sorted(record))
+            raise ValueError(f"loop.best_metric={best!r} is not among the metrics: {names}")
 
     def _non_finite(self, step: int, what: str) -> NonFiniteLoss:
         self.checkpointer.wait()
@@ -266,10 +272,15 @@ class _Run:
 
 
 class _Signals:
-    """Notes SIGINT and SIGTERM instead of dying of them; a second SIGINT kills."""
+    """Notes SIGINT and SIGTERM instead of dying of them; a second SIGINT kills.
+
+    In a process forked meanwhile (a data or reward worker), SIGINT, which a terminal sends to all,
+    is ignored: the step that is to be finished may need it. SIGTERM ends it as ever.
+    """
 
     def __init__(self):
         self.signum = 0
+        self._process = os.getpid()
         self._previous: dict[int, Any] = {}
         self._agreed: jax.Array | None = None
 
@@ -292,6 +303,11 @@ class _Signals:
         return 0 if sent is None else int(sent)
 
     def _note(self, signum: int, _: Any) -> None:
+        if os.getpid() != self._process:
+            if signum == signal.SIGTERM:
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
+            return
         self.signum = self.signum or signum
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         name = signal.Signals(signum).name

@@ -166,13 +166,17 @@ def test_saving_does_not_wait_for_the_disk(tmp_path, monkeypatch):
 
 def test_last_and_best_are_kept(tmp_path):
     values = {1: 0.3, 2: 0.9, 3: None, 4: 0.5, 5: float("nan"), 6: 0.9, 7: 0.1, 8: 0.2}
-    for mode, best in (("max", [2, 6]), ("min", [7, 8])):
-        directory = tmp_path / mode
+    for mode, keep_best, best in (("max", 2, [2, 6]), ("max", 1, [6]), ("min", 2, [7, 8])):
+        directory = tmp_path / f"{mode}{keep_best}"
         checkpointer = None
         for step, value in values.items():
             if checkpointer is None:  # a new one each two steps: the ranking survives a restart
                 checkpointer = Checkpointer(
-                    directory, keep_last=2, best_metric="eval/acc", best_mode=mode, keep_best=2
+                    directory,
+                    keep_last=2,
+                    best_metric="eval/acc",
+                    best_mode=mode,
+                    keep_best=keep_best,
                 )
             metrics = {"loss": 1.0} | ({} if value is None else {"eval/acc": value})
             checkpointer.save(step, {"params": {"w": jnp.float32(step)}}, metrics=metrics)
@@ -246,6 +250,25 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path, caplog, torn_source, how):
         assert pathlib.Path("2/meta/metadata") in noticed
 
 
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "float8_e4m3fn", "int32", "uint8", "bool", "complex64"]
+)
+def test_any_changed_bit_changes_the_checksum(dtype):
+    shape = (3, 5, 2)
+    raw = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 256, size=(30, 8))
+    dtype = jnp.dtype(dtype)
+    values = np.ascontiguousarray(raw.astype(np.uint8)[:, : dtype.itemsize]).view(dtype)
+    whole = checkpoint._checksum(values.reshape(shape))
+    bits = [0] if dtype.kind == "b" else range(8 * dtype.itemsize)
+    for place in range(0, 30, 7):
+        for bit in bits:
+            changed = values.copy()
+            changed.view(np.uint8)[place, bit // 8] ^= 1 << bit % 8
+            assert checkpoint._checksum(changed.reshape(shape)) != whole
+    order = np.roll(np.arange(30), 1)
+    assert checkpoint._checksum(values[order].reshape(shape)) != whole
+
+
 @pytest.fixture(scope="module")
 def torn_source(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole")
@@ -279,9 +302,9 @@ def test_what_a_killed_run_was_writing_is_swept_away(tmp_path, monkeypatch):
     assert unfinished.name != "1" and any(unfinished.rglob("*"))
     checkpointer = Checkpointer(tmp_path / "b")
     assert checkpointer.restore(make_state()) is None
-    checkpointer.save(1, make_state(2))
+    checkpointer.save(2, make_state(2))
     checkpointer.close()
-    assert [p.name for p in (tmp_path / "b").iterdir()] == ["1"]
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["2"]
 
 
 def test_another_configuration_is_refused(tmp_path):

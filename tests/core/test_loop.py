@@ -7,8 +7,12 @@ import dataclasses
 import logging
 import math
 import os
+import pathlib
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections import namedtuple
 
@@ -184,6 +188,47 @@ def test_a_signal_in_an_evaluation_is_heeded_after_it(tmp_path):
     loop.run(make_trainer(), config, tmp_path)
 
 
+def test_a_run_in_another_thread_leaves_signals_alone(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    seen, states = [], []
+    trainer = make_trainer({1: lambda: seen.append(signal.getsignal(signal.SIGINT))})
+    run = threading.Thread(
+        target=lambda: states.append(loop.run(trainer, LoopConfig(steps=2), tmp_path))
+    )
+    run.start()
+    run.join()
+    assert seen == [before]
+    assert_same(states[0], by_hand(2)[0][2])
+
+
+FORK = """
+import os, signal, sys, time
+from research.core import loop
+with loop._Signals() as signals:
+    child = os.fork()
+    if child == 0:
+        time.sleep(20)
+        os._exit(3)
+    time.sleep(0.1)
+    os.kill(child, signal.SIGINT)
+    time.sleep(0.1)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0), "Ctrl-C ended a worker"
+    os.kill(child, signal.SIGTERM)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM, status
+    assert signals.signum == 0
+"""
+
+
+def test_forked_workers_outlive_ctrl_c_and_end_by_sigterm():
+    subprocess.run(
+        [sys.executable, "-c", FORK],
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+        check=True,
+        timeout=60,
+    )
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     for value in (math.nan, math.inf):
 
@@ -272,6 +317,15 @@ def test_the_best_is_kept(tmp_path):
     assert saved_steps(tmp_path) == [4, 8]
     best = checkpoint.load_params(tmp_path, "best")
     np.testing.assert_array_equal(best["w"], np.asarray(by_hand(4)[0][4].params["w"]))
+
+
+def test_a_best_metric_that_there_is_not_is_said(tmp_path):
+    config = LoopConfig(steps=4, eval_every=2, checkpoint_every=1, best_metric="eval/acuracy")
+    with pytest.raises(ValueError, match="'eval/acuracy' is not among .*eval/distance"):
+        loop.run(make_trainer(), config, tmp_path)
+    assert saved_steps(tmp_path) == [1, 2]
+    with pytest.raises(ValueError, match="evaluates nothing"):
+        loop.run(make_trainer(evaluate=None), config, tmp_path)
 
 
 def test_a_finished_run_is_returned_as_it_is(tmp_path, caplog):
