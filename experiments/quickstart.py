@@ -11,7 +11,6 @@ import pathlib
 import time
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from experiments import plots

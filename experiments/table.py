@@ -3,7 +3,8 @@
     python -m experiments.table deepseek_r1/zero --scale=cpu --seeds=0,1,2
 
 Finished runs are kept in `--workdir` and not run again; interrupted ones go on where they were saved. The
-result, with its provenance, is written as JSON, Markdown, CSV, LaTeX and a figure to `experiments/results/<paper>/<table>-<scale>.*`.
+result, with its provenance, is written as JSON, Markdown, CSV, LaTeX and a figure to
+`experiments/results/<paper>/<table>-<scale>.*`.
 """
 
 import csv

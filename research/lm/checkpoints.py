@@ -24,7 +24,9 @@ def describe(workdir: str | pathlib.Path, model: Decoder, tokenizer: Tokenizer) 
     tokenizer.save(directory)
 
 
-def load(source: str | pathlib.Path, step: int | str | None = None) -> tuple[Decoder, dict, Tokenizer]:
+def load(
+    source: str | pathlib.Path, step: int | str | None = None
+) -> tuple[Decoder, dict, Tokenizer]:
     """(model, parameters, tokenizer) of a run or of a Hugging Face directory.
 
     Args:
@@ -50,6 +52,8 @@ def load(source: str | pathlib.Path, step: int | str | None = None) -> tuple[Dec
             "(a Hugging Face directory)"
         )
     if step is not None:
-        raise ValueError(f"{directory} is a Hugging Face directory, which has no checkpoint {step!r}")
+        raise ValueError(
+            f"{directory} is a Hugging Face directory, which has no checkpoint {step!r}"
+        )
     model, params = hf.load(directory)
     return model, params, Tokenizer.load(directory)

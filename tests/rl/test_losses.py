@@ -104,7 +104,9 @@ def test_clip_fraction_and_kl():
     assert per_row.shape == (4,)
 
 
-@pytest.mark.parametrize(("clip", "first", "second"), [(0.2, 0.0, 0.07327708), (10.0, -0.08266153, 0.07327708)])
+@pytest.mark.parametrize(
+    ("clip", "first", "second"), [(0.2, 0.0, 0.07327708), (10.0, -0.08266153, 0.07327708)]
+)
 def test_gradients(clip, first, second):
     grad = jax.grad(lambda new: _loss(new, clip)[0])(jnp.asarray(NEW))
     assert float(grad[0, 0]) == pytest.approx(first, abs=1e-8)
@@ -166,7 +168,9 @@ def test_truncated_importance_weight():
         weights=jnp.asarray(_weights("grpo")),
         segment_ids=jnp.asarray(MASK.astype(np.int32)),
     )
-    loss, metrics = losses.policy_loss(config, sampler_logprobs=jnp.asarray(OLD - np.log(4)), **arguments)
+    loss, metrics = losses.policy_loss(
+        config, sampler_logprobs=jnp.asarray(OLD - np.log(4)), **arguments
+    )
     plain, _ = losses.policy_loss(
         losses.LossConfig(kl_coef=0.0), sampler_logprobs=jnp.asarray(OLD), **arguments
     )

@@ -16,7 +16,7 @@ from research.core.loop import LoopConfig
 from research.core.optim import OptimConfig
 from research.deepseek_r1 import zero
 from research.rewards import RewardConfig
-from research.rl.trainer import Config, EvalConfig, RolloutConfig
+from research.rl.trainer import EvalConfig, RolloutConfig
 from research.tasks import TaskConfig
 
 
