@@ -18,9 +18,9 @@ run: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# Minutes-long checks, the comparison with PyTorch implementations, the notebooks.
+# Minutes-long checks, the comparison with PyTorch implementations, reasoning-gym, the notebooks.
 test-slow: $(VENV)/.installed-all
-	$(BIN)/python -m pytest -m "slow or parity" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow or parity or gym" $(PYTEST_ARGS)
 
 # A part of the suite on the other pair of JAX and Flax that setup.cfg names.
 test-py312:
@@ -52,4 +52,4 @@ $(VENV)/.installed-dev: setup.cfg | $(BIN)/python
 	$(PIP) -e '.[dev]' && touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-all: setup.cfg | $(BIN)/python
-	$(PIP) -e '.[dev,parity,notebooks]' && touch $@ $(VENV)/.installed $(VENV)/.installed-dev
+	$(PIP) -e '.[dev,parity,notebooks,gym]' && touch $@ $(VENV)/.installed $(VENV)/.installed-dev

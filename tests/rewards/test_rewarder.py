@@ -282,6 +282,7 @@ def test_grading_works_off_the_main_thread(math_rewarder):
     assert found == ["right", "wrong"]
 
 
+@pytest.mark.gym
 def test_a_gym_scorer_that_evaluates_answers_is_cut_short():
     pytest.importorskip("reasoning_gym")
     task = tasks.make("gym:puzzle24", test_size=1)

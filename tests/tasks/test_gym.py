@@ -15,10 +15,12 @@ def test_without_the_package_the_error_says_how_to_get_it(monkeypatch):
 
 
 @pytest.fixture
-def gym():
+def gym(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some of its datasets run programs that write files
     return pytest.importorskip("reasoning_gym")
 
 
+@pytest.mark.gym
 def test_a_task_is_pure_in_seed_split_and_index(gym):
     task = tasks.make("gym:chain_sum", test_size=20)
     again = tasks.make("gym:chain_sum", test_size=20)
@@ -34,6 +36,7 @@ def test_a_task_is_pure_in_seed_split_and_index(gym):
         task.problem("test", 20)
 
 
+@pytest.mark.gym
 def test_options_reach_the_dataset(gym):
     task = tasks.make("gym:chain_sum", min_terms=2, max_terms=2, test_size=5)
     assert {task.problem("train", i).data["entry"]["metadata"]["num_terms"] for i in range(30)} == {
@@ -41,6 +44,7 @@ def test_options_reach_the_dataset(gym):
     }
 
 
+@pytest.mark.gym
 def test_a_small_space_is_divided_without_overlap(gym):
     """The sums and differences of two digits, drawn until hardly any is missing."""
     options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -54,6 +58,7 @@ def test_a_small_space_is_divided_without_overlap(gym):
     assert not train & {other.problem("test", i).question for i in range(40)}
 
 
+@pytest.mark.gym
 def test_too_small_a_space_is_an_error(gym):
     options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     task = tasks.make("gym:chain_sum", test_size=5000, **options)
@@ -62,6 +67,7 @@ def test_too_small_a_space_is_an_error(gym):
         task.problem("test", 4999)
 
 
+@pytest.mark.gym
 def test_unknown_names_and_settings_name_what_there_is(gym):
     with pytest.raises(ValueError, match="no 'chain_sun'; did you mean chain_sum"):
         tasks.make("gym:chain_sun")
@@ -75,6 +81,7 @@ def test_unknown_names_and_settings_name_what_there_is(gym):
     "name",
     ["chain_sum", "countdown", "acre", "word_ladder", "simple_integration", "string_insertion"],
 )
+@pytest.mark.gym
 def test_reference_answers_are_right_and_nonsense_is_not(gym, name):
     task = tasks.make(f"gym:{name}", test_size=3)
     verifier = pickle.loads(pickle.dumps(task.isolated))
@@ -106,6 +113,7 @@ def test_reference_answers_are_right_and_nonsense_is_not(gym, name):
         ("spiral_matrix", "[__import__('pathlib').Path({path!r}).touch()]"),
     ],
 )
+@pytest.mark.gym
 def test_an_answer_is_never_run(gym, tmp_path, name, answer):
     """These datasets evaluate answers, so one that could call anything is refused beforehand."""
     path = tmp_path / "ran"
@@ -115,6 +123,7 @@ def test_an_answer_is_never_run(gym, tmp_path, name, answer):
     assert not path.exists()
 
 
+@pytest.mark.gym
 def test_scorers_of_expressions_still_take_expressions(gym):
     task = tasks.make("gym:simple_integration", test_size=1)
     problem = task.problem("test", 0)
