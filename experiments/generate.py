@@ -144,9 +144,9 @@ def read_prompts(texts: Sequence[str], file: str | None) -> list[dict[str, Any]]
 
 
 def encode(
-    tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]], *, chat: bool, add_special: bool
+    tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]], *, chat: bool
 ) -> list[np.ndarray]:
-    """Ids of the rows; `add_special` adds the published begin token to plain prompts.
+    """Ids of the rows; plain prompts have the begin token the model was published with.
 
     Raises ValueError for an empty prompt, or a conversation without --chat.
     """
@@ -156,7 +156,7 @@ def encode(
             raise ValueError(f"prompt {index} is a conversation; add --chat")
         messages = row.get("messages") or [{"role": "user", "content": row.get("prompt")}]
         texts.append(tokenizer.apply_chat_template(messages) if chat else row["prompt"])
-    prompts = tokenizer.encode_batch(texts, add_special=add_special and not chat)
+    prompts = (tokenizer.encode_batch if chat else tokenizer.encode_prompts)(texts)
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {index} is empty; give it at least one token")
@@ -169,7 +169,7 @@ def run_from_flags() -> None:
     rows = read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
     step = int(_STEP.value) if (_STEP.value or "").isdigit() else _STEP.value
     model, params, tokenizer = checkpoints.load(_RUN.value or _HF.value, step)
-    prompts = encode(tokenizer, rows, chat=_CHAT.value, add_special=_HF.value is not None)
+    prompts = encode(tokenizer, rows, chat=_CHAT.value)
     results = generate(
         model,
         params,

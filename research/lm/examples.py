@@ -19,8 +19,8 @@ class Tokenize:
     with and always an end token. Special tokens written out in it stay text.
 
     A pair ({'prompt', 'response'}) is learned on the response and the end token after it. Prompt
-    and response are tokenized apart and nothing is put before them, as in sampling, where the
-    prompt stands before a response exists. With `chat`, the prompt (a string, or a list of
+    and response are tokenized apart, as in sampling, where the prompt stands before a response
+    exists; a plain prompt has the begin token the model was published with. With `chat`, the prompt (a string, or a list of
     messages) goes through the tokenizer's chat template up to where the assistant begins; the
     response follows as it is, never through the template, because published templates drop the
     reasoning of an assistant's turn. Should the template have opened a <think> that the response
@@ -50,7 +50,8 @@ class Tokenize:
             response = response.lstrip().removeprefix(_THINK)
             if prompt.endswith("\n"):
                 response = response.removeprefix("\n")
-        given = self.tokenizer.encode(prompt)
+        encode = self.tokenizer.encode_batch if self.chat else self.tokenizer.encode_prompts
+        (given,) = encode([prompt])
         learned = self._ended(self.tokenizer.encode(response))
         mask = np.repeat(np.asarray([0, 1], np.int32), [len(given), len(learned)])
         return {"tokens": np.concatenate([given, learned]), "loss_mask": mask}

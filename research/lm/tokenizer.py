@@ -261,6 +261,18 @@ class Tokenizer:
             rows = [self._published_ends(row) for row in rows]
         return rows
 
+    def encode_prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of plain texts to be continued, each [n] int32.
+
+        They have the begin token if the model was published with one, and no end token. Texts of a
+        chat template write their own: `encode_batch`.
+        """
+        rows = self.encode_batch(texts)
+        if self.bos_id is None or self.bos_id not in self.encode("", add_special=True)[:1]:
+            return rows
+        begin = np.array([self.bos_id], np.int32)
+        return [row if row[:1] == begin else np.concatenate([begin, row]) for row in rows]
+
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Text of ids. Broken UTF-8 becomes U+FFFD; an id outside the vocabulary is left out."""
         ids = np.asarray(ids, np.int64).tolist()

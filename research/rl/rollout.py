@@ -113,6 +113,10 @@ class Actor:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         return text
 
+    def _encode(self, problems: Sequence[Problem]) -> list[np.ndarray]:
+        encode = self.tokenizer.encode_batch if self._chat else self.tokenizer.encode_prompts
+        return encode([self.prompt(problem) for problem in problems])
+
     def check(self, task: Task, split: str, count: int | None = None) -> None:
         """Refuses a prompt that does not fit, before any work is done: among the first `count`, or a finite split's all.
 
@@ -120,7 +124,7 @@ class Actor:
         """
         count = count or task.size(split) or 64  # of an endless split, a sample
         problems = [task.problem(split, i) for i in range(count)]
-        prompts = self.tokenizer.encode_batch([self.prompt(p) for p in problems])
+        prompts = self._encode(problems)
         for problem, prompt in zip(problems, prompts, strict=True):
             if len(prompt) > self.sampler.max_prompt:
                 raise ValueError(
@@ -144,7 +148,7 @@ class Actor:
         What is drawn for a problem depends on (key, first + its place, sample) alone; `seed` feeds the random-reward
         control in the same way. `first` tells apart problems that different processes answer.
         """
-        prompts = self.tokenizer.encode_batch([self.prompt(p) for p in problems])
+        prompts = self._encode(problems)
         completions = self.sampler(
             params,
             prompts,

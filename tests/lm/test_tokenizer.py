@@ -56,9 +56,7 @@ def test_any_text_round_trips(tokenizer, allow_special):
     assert all(row.max(initial=0) < tokenizer.vocab_size for row in rows)
     assert tokenizer.decode_batch(rows) == texts
     for text, row in list(zip(texts, rows, strict=True))[::20]:
-        np.testing.assert_array_equal(
-            tokenizer.encode(text, allow_special=allow_special), row
-        )
+        np.testing.assert_array_equal(tokenizer.encode(text, allow_special=allow_special), row)
         assert tokenizer.decode(row) == text
 
 
@@ -324,3 +322,18 @@ def test_a_published_tokenizer_is_read_as_transformers_reads_it(tmp_path):
         assert theirs(text, truncation=False)["input_ids"] == with_ends.tolist()
         assert theirs.decode(with_ends) == ours.decode(with_ends)
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids, skip_special=True)
+
+
+def test_prompts_begin_as_published_and_do_not_end(tmp_path):
+    plain = Tokenizer.words(["a", "b", "<s>", "</s>"], bos="<s>", eos="</s>", pad="</s>")
+    assert plain.encode_prompts(["a b"])[0].tolist() == plain.encode("a b").tolist()
+    plain.save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {"add_bos_token": True, "add_eos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    published = Tokenizer.load(tmp_path)
+    begin, a, b = (published.token_id(word) for word in ("<s>", "a", "b"))
+    assert [row.tolist() for row in published.encode_prompts(["a b", "<s> b"])] == [
+        [begin, a, b],
+        [begin, b],
+    ]
