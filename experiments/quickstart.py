@@ -53,6 +53,8 @@ def main(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Runs the stages, prints the table, and writes summary.json, curves.png and the samples."""
     started = time.perf_counter()
     workdir = pathlib.Path(workdir)
+    if (workdir / "summary.json").exists():
+        return finished(config, workdir)
     configs.save(workdir / "config.json", config)
     print("1/3  base model: learning from noisy traces of chained arithmetic", flush=True)
     model, params, tokenizer = train_base(config, workdir / "base")
@@ -81,11 +83,30 @@ def main(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         "held_out_problems": config.problems,
         "responses_per_problem": config.samples,
     }
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    with (workdir / "samples.jsonl").open("w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in episodes.records())
+    records = list(episodes.records())
+    (workdir / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     draw(workdir, config)
-    print(report(summary, episodes, workdir))
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(report(summary, records, workdir))
+    return summary
+
+
+def finished(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+    """Prints the result of a quickstart that was run to its end before.
+
+    Raises ValueError if that was one of another configuration.
+    """
+    changed = configs.differences(configs.load(workdir / "config.json", Config), config)
+    if changed:
+        raise ValueError(
+            f"{workdir} holds a finished quickstart with other settings (there != here):\n  "
+            + "\n  ".join(changed)
+            + "\nGive this one a directory of its own: --workdir=runs/another"
+        )
+    summary = json.loads((workdir / "summary.json").read_text())
+    records = [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
+    print(f"finished before; remove {workdir}, or name another --workdir, to run it again")
+    print(report(summary, records, workdir))
     return summary
 
 
@@ -188,7 +209,7 @@ def brief(figures: dict[str, float]) -> str:
     return f"held-out pass@1 {figures['pass@1']:.1%}, mean length {figures['length']:.1f} tokens"
 
 
-def report(summary: dict[str, Any], episodes: Episodes, workdir: pathlib.Path) -> str:
+def report(summary: dict[str, Any], records: list[dict], workdir: pathlib.Path) -> str:
     """The table of before and after, samples, what to make of them, and where to go on."""
     arms = [arm for arm in ("before", "after", "control") if arm in summary]
     titles = {"before": "base", "after": "R1-Zero", "control": "random reward"}
@@ -214,7 +235,7 @@ def report(summary: dict[str, Any], episodes: Episodes, workdir: pathlib.Path) -
         "",
         "After R1-Zero, for example:",
     ]
-    shown = [r for r in episodes.records() if r["response"].count("wait")][:: 16 * 7][:3]
+    shown = [r for r in records if "wait" in r["response"]][:: 16 * 7][:3]
     lines += [f"  {r['question']} {r['response']}   ({r['status']})" for r in shown]
     lines += [
         "",
