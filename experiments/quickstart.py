@@ -201,7 +201,7 @@ ROWS = {  # key of a report → what the table calls it, and its format
     "length": ("mean length, tokens", "{:.1f}"),
     "length/correct": ("mean length when right", "{:.1f}"),
     "reflection/wait": ('responses with "wait"', "{:.1%}"),
-    "self_correction": ("  of these, where needed", "{:.1%}"),
+    "self_correction": ('"wait" where a product is', "{:.1%}"),
 }
 
 
