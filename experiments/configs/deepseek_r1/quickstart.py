@@ -28,7 +28,7 @@ def config() -> Config:
         base=lm.Config(
             model=PRESETS["quickstart"],
             data=DataConfig(seq_len=128, batch_size=12, shuffle=False),
-            micro_rows=6,
+            micro_rows=3,
             optim=OptimConfig(
                 lr=3e-3,
                 b2=0.98,
