@@ -56,6 +56,17 @@ class Samples:
             raise ValueError(f"difficulty has shape {np.shape(self.difficulty)}, not {shape[:1]}")
 
 
+def join(parts: Sequence[Samples]) -> Samples:
+    """The problems of all parts, which have equally many responses to each."""
+
+    def joined(name):
+        values = [getattr(part, name) for part in parts]
+        lists = isinstance(values[0], Sequence)
+        return [row for rows in values for row in rows] if lists else np.concatenate(values)
+
+    return Samples(**{field.name: joined(field.name) for field in dataclasses.fields(Samples)})
+
+
 def report(samples: Samples, *, k: int = 16, seed: int = 0) -> dict[str, float]:
     """All the metrics of one evaluation.
 
@@ -186,6 +197,11 @@ def breakdown(values: np.ndarray, labels: Iterable[int]) -> dict[int, tuple[floa
 def reflections(text: str) -> collections.Counter[str]:
     """How often each of the paper's reflection words stands in a text: whole words, any case."""
     return collections.Counter(word.lower() for word in _REFLECTION.findall(text))
+
+
+def reflection_words(text: str) -> str:
+    """The reflection words of a text alone, in their order: `report` finds in it what it finds in the text."""
+    return " ".join(_REFLECTION.findall(text))
 
 
 def has_wait(text: str) -> bool:

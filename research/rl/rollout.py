@@ -11,7 +11,8 @@ from research.lm.packing import pack, pack_sequences
 from research.lm.sampler import Completions, Sampler, Sampling
 from research.lm.tokenizer import Tokenizer
 from research.rewards import Reward, Rewarder, Status, language, summarize
-from research.rl.evaluation import Samples, report
+from research.rl import evaluation
+from research.rl.evaluation import Samples, reflection_words
 from research.tasks import Problem, Task
 
 
@@ -46,19 +47,22 @@ class Episodes:
             texts=self._lists(self.texts),
         )
 
-    def metrics(self) -> dict[str, float]:
-        """Everything that is logged of a rollout: rewards, statuses, accuracy, lengths, reflection, language."""
-        metrics = summarize(self.rewards)
-        metrics |= {f"rollout/{k}": v for k, v in report(self.samples(), k=self.group_size).items()}
+    def graded(self) -> "Graded":
+        """All that `measure` needs."""
+        samples = self.samples()
+        words = [[reflection_words(text) for text in row] for row in samples.texts]
         shares = [
             language.consistency(
                 self.problems[row // self.group_size].question, language.thought_of(text)
             )
             for row, text in enumerate(self.texts)
         ]
-        if known := [share for share in shares if share is not None]:
-            metrics["rollout/language"] = float(np.mean(known))
-        return metrics
+        known = [share for share in shares if share is not None]
+        return Graded(dataclasses.replace(samples, texts=words), self.rewards, known)
+
+    def metrics(self) -> dict[str, float]:
+        """`measure` of these responses."""
+        return measure([self.graded()])
 
     def _lists(self, rows: list) -> list[list]:
         size = self.group_size
@@ -80,6 +84,29 @@ class Episodes:
                 "parts": dict(reward.parts),
                 "status": str(reward.status),
             }
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """What is measured of responses, without the responses: small enough to send between processes.
+
+    `samples.texts` hold the reflection words alone; `language` the shares of the responses to questions with words.
+    """
+
+    samples: Samples
+    rewards: list[Reward]
+    language: list[float]
+
+
+def measure(parts: Sequence[Graded]) -> dict[str, float]:
+    """All that is logged of a rollout: rewards, statuses, accuracy, lengths, reflection, language."""
+    samples = evaluation.join([part.samples for part in parts])
+    metrics = summarize([reward for part in parts for reward in part.rewards])
+    figures = evaluation.report(samples, k=samples.correct.shape[1])
+    metrics |= {f"rollout/{key}": value for key, value in figures.items()}
+    if known := [share for part in parts for share in part.language]:
+        metrics["rollout/language"] = float(np.mean(known))
+    return metrics
 
 
 class Actor:
@@ -118,10 +145,12 @@ class Actor:
         return encode([self.prompt(problem) for problem in problems])
 
     def check(self, task: Task, split: str, count: int | None = None) -> None:
-        """Refuses a prompt that does not fit, before any work is done: among the first `count`, or a finite split's all.
+        """Refuses a prompt that does not fit, before any work: among the first `count`, or all of a finite split.
 
-        Raises ValueError naming the problem, its length and the limit.
+        Raises ValueError naming the problem, its length and the limit, and for a split with fewer than `count`.
         """
+        if count:
+            _check_size(task, split, count)
         count = count or task.size(split) or 64  # of an endless split, a sample
         problems = [task.problem(split, i) for i in range(count)]
         prompts = self._encode(problems)
@@ -183,13 +212,11 @@ def evaluate(
     The same seed draws the same random numbers, whatever the parameters: two policies are compared on common noise.
     Raises ValueError for a split with fewer problems.
     """
-    size = task.size(split)
-    if size is not None and size < problems:
-        raise ValueError(f"{task.name} has {size} {split} problems, {problems} are asked for")
+    _check_size(task, split, problems)
     chosen = [task.problem(split, i) for i in range(problems)]
     key = jax.random.fold_in(jax.random.key(seed), 0x7E57)
     episodes = actor(params, chosen, key, sampling, samples, seed=seed)
-    return report(episodes.samples(), k=samples), episodes
+    return evaluation.report(episodes.samples(), k=samples), episodes
 
 
 def minibatches(
@@ -250,6 +277,15 @@ def rows_needed(
         )
     rows = min(-(-sequences // (row_length // longest)), 2 * sequences * longest // row_length + 1)
     return -(-rows // (devices * micro_rows)) * micro_rows
+
+
+def _check_size(task: Task, split: str, count: int) -> None:
+    size = task.size(split)
+    if size is not None and size < count:
+        raise ValueError(
+            f"{task.name} has {size} {split} problems, {count} are asked for; ask for fewer, or give it a larger "
+            f"{split} set"
+        )
 
 
 def _after(prompt_length: int, values: np.ndarray) -> np.ndarray:

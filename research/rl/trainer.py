@@ -8,8 +8,9 @@ them, one optimizer update each (`step`). DeepSeek-R1's setting is 512 prompts x
 import dataclasses
 import json
 import pathlib
+import pickle
 import time
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,25 @@ from research.lm.tokenizer import Tokenizer
 from research.rewards import RewardConfig, Rewarder
 from research.rl import advantages
 from research.rl.losses import LossConfig, policy_loss, token_weights
-from research.rl.rollout import Actor, Episodes, evaluate, local_devices, minibatches, rows_needed
+from research.rl.rollout import (
+    Actor,
+    Episodes,
+    evaluate,
+    local_devices,
+    measure,
+    minibatches,
+    rows_needed,
+)
 from research.tasks import Problem, Task, TaskConfig
 from research.tasks import make as make_task
+
+T = TypeVar("T")
+
+
+def _at_least(least: int, config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}={getattr(config, name)}: it must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +79,20 @@ class RolloutConfig:
     chat: bool = False
     slots: int = 0
 
+    def __post_init__(self):
+        _at_least(1, self, "prompts", "max_prompt", "max_new_tokens")
+        _at_least(0, self, "slots")
+        if self.group_size < 2:
+            raise ValueError(
+                f"group_size={self.group_size}: advantages compare the responses to a prompt, so there must be at "
+                "least 2"
+            )
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature={self.temperature}: a greedy rollout explores nothing, and has no probabilities to "
+                "learn from; it must be positive"
+            )
+
     @property
     def longest_response(self) -> int:
         return max([self.max_new_tokens, *(limit for _, limit in self.length_schedule)])
@@ -74,6 +105,17 @@ class RolloutConfig:
                 limit = value
         return limit
 
+    def sampling(self, limit: int, stop_ids: tuple[int, ...]) -> Sampling:
+        """What the sampler is told for responses of at most `limit` tokens."""
+        return Sampling(
+            max_new_tokens=limit,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            stop_ids=stop_ids,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
@@ -83,6 +125,10 @@ class EvalConfig:
     samples: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
+
+    def __post_init__(self):
+        _at_least(0, self, "problems")
+        _at_least(1, self, "samples")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +171,8 @@ class Config:
     loop: LoopConfig = LoopConfig(steps=100)
 
     def __post_init__(self):
+        _at_least(1, self, "updates", "epochs", "micro_rows")
+        _at_least(0, self, "reference_every", "row_length", "save_samples_every")
         responses = self.rollout.prompts * self.rollout.group_size
         if responses % self.updates:
             raise ValueError(
@@ -170,8 +218,8 @@ class _Run:
         params: Any,
         tokenizer: Tokenizer,
     ):
-        self.config, self.model, self.initial_params = config, model, params
-        self.workdir = workdir
+        self.config, self.model, self.workdir = config, model, workdir
+        self.initial_params = jax.device_get(params)  # device memory is for what trains
         self.mesh = meshes.make(config.mesh)
         self.task: Task = make_task(config.task)
         rollout = config.rollout
@@ -187,9 +235,14 @@ class _Run:
                 f"rollout.prompts={rollout.prompts} does not split over {processes} processes"
             )
         self.local_prompts = rollout.prompts // processes
+        responses = self.local_prompts * rollout.group_size
+        if responses % config.updates:
+            raise ValueError(
+                f"the {responses} responses of each of {processes} processes do not split into "
+                f"updates={config.updates} minibatches"
+            )
         self.local_devices = local_devices(self.mesh)
         local_mesh = meshes.make({"data": self.local_devices}, jax.local_devices())
-        responses = self.local_prompts * rollout.group_size
         sampler = Sampler(
             model,
             slots=_round_up(rollout.slots or responses, self.local_devices),
@@ -202,7 +255,20 @@ class _Run:
         self.actor.check(self.task, "train")
         if config.eval.problems:
             self.actor.check(self.task, "test", config.eval.problems)
+        if not tokenizer.stop_ids:
+            raise ValueError(
+                "the tokenizer has no end token, so no response could ever end; name one as eos_token in its "
+                "tokenizer_config.json"
+            )
         self.stop_ids = tokenizer.stop_ids
+        # All settings are refused now, not after hours.
+        rollout.sampling(rollout.longest_response, self.stop_ids)
+        self.eval_sampling = Sampling(
+            max_new_tokens=rollout.longest_response,
+            temperature=config.eval.temperature,
+            top_p=config.eval.top_p,
+            stop_ids=self.stop_ids,
+        )
         self.row_length = config.row_length or longest
         self.capacity = rows_needed(
             -(-responses // config.updates),
@@ -229,14 +295,18 @@ class _Run:
         )
 
     def init(self) -> TrainState:
-        params = jax.tree.map(jnp.copy, self.initial_params)
-        extra = {"ref_params": jax.tree.map(jnp.copy, params)} if self.keeps_reference else {}
+        everywhere = sharding.replicated(self.mesh)
+
+        def fresh(tree):  # with buffers of their own: the step donates the state
+            return jax.tree.map(lambda x: jax.device_put(np.array(x), everywhere), tree)
+
+        params = fresh(self.initial_params)
         return TrainState(
-            step=jnp.zeros((), jnp.int32),
+            step=fresh(np.int32(0)),
             params=params,
-            opt_state=self.optimizer.init(params),
-            key=jnp.copy(jax.random.key_data(self.key)),  # the state is donated
-            extra=extra,
+            opt_state=jax.jit(self.optimizer.init, out_shardings=everywhere)(params),
+            key=fresh(jax.random.key_data(self.key)),
+            extra={"ref_params": fresh(self.initial_params)} if self.keeps_reference else {},
         )
 
     def collect(self, state: TrainState, step: int) -> tuple[dict[str, Any], dict[str, float]]:
@@ -249,17 +319,10 @@ class _Run:
         ]
         limit = rollout.limit_at(step)
         episodes = self.actor(
-            state.params,
+            _local(state.params),
             problems,
             jax.random.fold_in(self.key, step),
-            Sampling(
-                max_new_tokens=limit,
-                temperature=rollout.temperature,
-                top_k=rollout.top_k,
-                top_p=rollout.top_p,
-                min_p=rollout.min_p,
-                stop_ids=self.stop_ids,
-            ),
+            rollout.sampling(limit, self.stop_ids),
             rollout.group_size,
             seed=_reward_seed(config.seed, step),
             first=first,
@@ -276,8 +339,10 @@ class _Run:
             self._minibatch(episodes, order, values, lengths, limit)
             for order in self._orders(step, len(rewards))
         ]
-        metrics = episodes.metrics() | {"rollout/zero_std": float(degenerate.mean())}
-        metrics = _mean_over_processes(metrics)
+        tokens = sum(int((b["segment_ids"] > 0).sum()) for b in batches)
+        parts = _gather((episodes.graded(), degenerate, tokens))
+        metrics = measure([graded for graded, _, _ in parts])
+        metrics["rollout/zero_std"] = float(np.concatenate([d for _, d, _ in parts]).mean())
         if (
             config.save_samples_every
             and step % config.save_samples_every == 0
@@ -285,14 +350,13 @@ class _Run:
         ):
             self._save_samples(episodes, step)
         metrics["rollout/limit"] = float(limit)
-        metrics["tokens"] = float(sum((b["segment_ids"] > 0).sum() for b in batches))
+        metrics["tokens"] = float(sum(t for _, _, t in parts))
         metrics["time/sample"] = sampled - started
         metrics["time/pack"] = time.perf_counter() - sampled
         metrics["time/sampled_tokens_per_second"] = float(episodes.completions.lengths.sum()) / (
             sampled - started
         )
-        first_update = step * config.updates * config.epochs
-        return {"minibatches": batches, "first_update": first_update}, metrics
+        return {"minibatches": batches, "step": step}, metrics
 
     def step(self, state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
         config = self.config
@@ -304,16 +368,19 @@ class _Run:
                 minibatch["ref_logprobs"] = self.score(state.extra["ref_params"], inputs)
             if self.keeps_old:
                 minibatch["old_logprobs"] = self.score(state.params, inputs)
-        every = config.reference_every
+        every = config.reference_every if self.keeps_reference else 0
         total: dict[str, Any] = {}
-        next_step = state.step + 1  # one loop step is one rollout, however many updates it makes
-        for i, minibatch in enumerate(minibatches_):
+        updates = batch["step"] * config.updates * config.epochs
+        for minibatch in minibatches_:
             state, metrics = self.update(state, minibatch)
             total = _merge(total, metrics)
-            if every and self.keeps_reference and (batch["first_update"] + i + 1) % every == 0:
+            updates += 1
+            if every and updates % every == 0:
                 state = state.replace(extra={"ref_params": jax.tree.map(jnp.copy, state.params)})
-        state = state.replace(step=next_step)
-        total["updates"] = float(batch["first_update"] + len(minibatches_))
+        # A step of the loop is a rollout, however many updates it makes.
+        step = jax.device_put(np.int32(batch["step"] + 1), sharding.replicated(self.mesh))
+        state = state.replace(step=step)
+        total["updates"] = float(updates)
         total["time/dispatch"] = time.perf_counter() - started
         return state, total
 
@@ -321,16 +388,11 @@ class _Run:
         settings = self.config.eval
         report, _ = evaluate(
             self.actor,
-            state.params,
+            _local(state.params),
             self.task,
             problems=settings.problems,
             samples=settings.samples,
-            sampling=Sampling(
-                max_new_tokens=self.config.rollout.longest_response,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                stop_ids=self.stop_ids,
-            ),
+            sampling=self.eval_sampling,
             seed=self.config.seed,
         )
         return report
@@ -363,9 +425,7 @@ class _Run:
         lengths: np.ndarray,
         limit: int,
     ) -> dict[str, np.ndarray]:
-        sequences, tokens = _sum_over_processes(
-            np.array([len(order), lengths[order].sum()], np.float64)
-        )
+        sequences, tokens = sum(_gather(np.array([len(order), lengths[order].sum()])))
         weights = np.zeros(len(lengths), np.float32)
         weights[order] = token_weights(
             lengths[order],
@@ -450,19 +510,23 @@ def _merge(total: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _sum_over_processes(values: np.ndarray) -> np.ndarray:
+def _local(params: Any) -> Any:
+    """Parameters that every process holds whole, as arrays of this process alone."""
     if jax.process_count() == 1:
-        return values
-    return np.asarray(multihost_utils.process_allgather(values)).sum(axis=0)
+        return params
+    return jax.tree.map(lambda x: x.addressable_data(0), params)
 
 
-def _mean_over_processes(metrics: dict[str, float]) -> dict[str, float]:
+def _gather(value: T) -> list[T]:
+    """The picklable `value` of every process, in their order, on all of them."""
     if jax.process_count() == 1:
-        return metrics
-    # A process without, say, a right answer has no length of right answers: average over those that have one.
-    names = sorted(metrics)
-    values = np.asarray(multihost_utils.process_allgather(np.array([metrics[n] for n in names])))
-    return dict(zip(names, np.nanmean(values, axis=0).tolist(), strict=True))
+        return [value]
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data))).ravel()
+    padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)  # few shapes to compile for
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def _reward_seed(seed: int, step: int) -> int:
