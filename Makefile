@@ -1,11 +1,13 @@
 # make run   the main job on this machine: a small base model learns to reason by reinforcement learning alone
 # make test  the tests
-# Each target makes its own environment first. Settings: make run ARGS='--config.rl.loop.steps=200', PYTHON=python3.12, VENV=…
+# Each target makes its own environment first. Settings: make run ARGS='--config.zero.loop.steps=200', PYTHON=python3.12, VENV=…
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 PYTEST_ARGS ?=
+# Two worker processes; more would compile the same programs again.
+PYTEST := $(VENV)/bin/python -m pytest -n 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -16,11 +18,11 @@ run: $(VENV)/.installed
 	$(BIN)/python -m experiments.run --config=experiments/configs/deepseek_r1/quickstart.py $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # Minutes-long checks, the comparison with PyTorch implementations, reasoning-gym, the notebooks.
 test-slow: $(VENV)/.installed-all
-	$(BIN)/python -m pytest -m "slow or parity or gym" $(PYTEST_ARGS)
+	$(PYTEST) -m "slow or parity or gym" $(PYTEST_ARGS)
 
 # A part of the suite on the other pair of JAX and Flax that setup.cfg names.
 test-py312:
