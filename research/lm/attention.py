@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from research.lm.config import DecoderConfig
-from research.lm.layers import Kernel, RMSNorm, rotate
+from research.lm.layers import Kernel, RMSNorm, dense, rotate
 
-MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) stays free of NaN
+MASKED = -1e30  # finite: a row with nothing to attend to (padding) gets weights without NaN
 
 
 class Cache(flax.struct.PyTreeNode):
@@ -43,52 +43,111 @@ class Cache(flax.struct.PyTreeNode):
 
 
 class Attention(nn.Module):
-    """Causal softmax attention with rotary positions; q, k and v come from one fused matmul."""
+    """Softmax attention with rotary positions; q, k and v come from one matmul."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BTD, cos, sin, mask_BTS, cache=None, slot=None):
+    def __call__(self, x_BTD, cos, sin, bias_BTS, cache=None, slot=None):
         """`cache` (k, v) is written at `slot` and attended to; returns (y_BTD, new (k, v))."""
         c = self.config
+        B, T, D = x_BTD.shape
         N, G, K = c.num_kv_heads, c.group_size, c.head_dim
-        fused = Kernel(
-            c, (c.hidden_size, N, G + 2, K), (N, G + 2, K) if c.qkv_bias else None, name="qkv"
-        )()
-        if c.qkv_bias:
-            kernel, bias = fused
-            x_BTNHK = jnp.einsum("BTD,DNHK->BTNHK", x_BTD, kernel) + bias
-        else:
-            x_BTNHK = jnp.einsum("BTD,DNHK->BTNHK", x_BTD, fused)
-        qk_BTNHK, v_BTNK = x_BTNHK[..., : G + 1, :], x_BTNHK[..., G + 1, :]
+        kernel, bias = Kernel(c, (D, N, G + 2, K), (N, G + 2, K), c.qkv_bias, name="qkv")()
+        x_BTNHK = dense(x_BTD, kernel.reshape(D, -1)).reshape(B, T, N, G + 2, K)
+        if bias is not None:
+            x_BTNHK += bias
+        # split, not slices: its gradient is one concatenation
+        qk_BTNHK, v_BTN1K = jnp.split(x_BTNHK, [G + 1], axis=3)
         if c.qk_norm:
-            q = RMSNorm(c.norm_eps, c.param_dtype, name="q_norm")(qk_BTNHK[..., :G, :])
-            k = RMSNorm(c.norm_eps, c.param_dtype, name="k_norm")(qk_BTNHK[..., G:, :])
-            qk_BTNHK = jnp.concatenate([q, k], axis=-2)
+            q, k = jnp.split(qk_BTNHK, [G], axis=3)
+            q = RMSNorm(c.norm_eps, c.param_dtype, name="q_norm")(q)
+            k = RMSNorm(c.norm_eps, c.param_dtype, name="k_norm")(k)
+            qk_BTNHK = jnp.concatenate([q, k], axis=3)
         qk_BTNHK = rotate(qk_BTNHK, cos[:, :, None, None], sin[:, :, None, None])
-        q_BTNGK = qk_BTNHK[..., :G, :] * K**-0.5
-        k_BNKS = qk_BTNHK[..., G, :].transpose(0, 2, 3, 1)
-        v_BNSK = v_BTNK.swapaxes(1, 2)
-        if cache is not None:
-            k_BNKS = jax.lax.dynamic_update_slice(cache[0], k_BNKS, (0, 0, 0, slot))
-            v_BNSK = jax.lax.dynamic_update_slice(cache[1], v_BNSK, (0, 0, slot, 0))
+        q_BTNGK, k_BTN1K = jnp.split(qk_BTNHK, [G], axis=3)
+        k_BTNK, v_BTNK = k_BTN1K[:, :, :, 0], v_BTN1K[:, :, :, 0]
+        if cache is None:
+            y_BTNGK = attention(q_BTNGK, k_BTNK, v_BTNK, bias_BTS)
+        else:
+            k_BNKS, v_BNSK = cache
+            k_BNKS = jax.lax.dynamic_update_slice(
+                k_BNKS, k_BTNK.transpose(0, 2, 3, 1), (0, 0, 0, slot)
+            )
+            v_BNSK = jax.lax.dynamic_update_slice(v_BNSK, v_BTNK.swapaxes(1, 2), (0, 0, slot, 0))
             cache = (k_BNKS, v_BNSK)
-        y_BTNGK = attend(q_BTNGK, k_BNKS, v_BNSK, mask_BTS)
-        out = Kernel(c, (N, G, K, c.hidden_size), name="o")()
-        return jnp.einsum("BTNGK,NGKD->BTD", y_BTNGK, out), cache
+            y_BTNGK = _from_rows(_attend(_to_rows(q_BTNGK), *cache, bias_BTS)[0], T)
+        out_NGKD, _ = Kernel(c, (N, G, K, D), name="o")()
+        return dense(y_BTNGK.reshape(B, T, -1), out_NGKD.reshape(-1, D)), cache
 
 
-def attend(q_BTNGK, k_BNKS, v_BNSK, mask_BTS):
-    """softmax(q k^T where mask) v, the softmax in float32; q is already scaled."""
-    B, T, N, G, K = q_BTNGK.shape
-    q_BNRK = q_BTNGK.transpose(0, 2, 3, 1, 4).reshape(B, N, G * T, K)
-    scores = jax.lax.dot_general(
-        q_BNRK, k_BNKS, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
-    ).reshape(B, N, G, T, -1)
-    scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BNSK.dtype).reshape(B, N, G * T, -1)
-    out = jax.lax.dot_general(weights, v_BNSK, (((3,), (2,)), ((0, 1), (0, 1))))
-    return out.reshape(B, N, G, T, K).transpose(0, 3, 1, 2, 4)
+@jax.custom_vjp
+def attention(q_BTNGK, k_BTNK, v_BTNK, bias_BTS):
+    """softmax(q k^T / sqrt(K) + bias) v, the softmax in float32; bias gets no gradient.
+
+    The gradient is written out so that every product has a layout that XLA's CPU backend is fast
+    at, and the softmax's needs sums over K only: rowsum(p dp) = rowsum(y dy) (Dao et al. 2022).
+    """
+    return _attention(q_BTNGK, k_BTNK, v_BTNK, bias_BTS)[0]
+
+
+def _attention(q_BTNGK, k_BTNK, v_BTNK, bias_BTS):
+    q_BNRK, T = _to_rows(q_BTNGK), q_BTNGK.shape[1]
+    k_BNKS, v_BNSK = k_BTNK.transpose(0, 2, 3, 1), v_BTNK.swapaxes(1, 2)
+    y_BNRK, exp_BNRS, sum_BNR1 = _attend(q_BNRK, k_BNKS, v_BNSK, bias_BTS)
+    return _from_rows(y_BNRK, T), (q_BTNGK, k_BNKS, v_BNSK, y_BNRK, exp_BNRS, sum_BNR1)
+
+
+def _attention_gradient(saved, dy_BTNGK):
+    q_BTNGK, k_BNKS, v_BNSK, y_BNRK, exp_BNRS, sum_BNR1 = saved
+    T, K = q_BTNGK.shape[1], q_BTNGK.shape[-1]
+    scale = K**-0.5
+    dy_BNRK = _to_rows(dy_BTNGK) / sum_BNR1
+    dy_BNKR = _to_columns(dy_BTNGK) / sum_BNR1.swapaxes(2, 3)
+    dv_BNKS = _product(dy_BNKR.astype(exp_BNRS.dtype), exp_BNRS)
+    delta_BNR1 = jnp.sum(dy_BNRK * y_BNRK, axis=-1, keepdims=True)
+    dp_BNRS = _product(dy_BNRK.astype(v_BNSK.dtype), v_BNSK, transposed=True)
+    ds_BNRS = (exp_BNRS * (dp_BNRS - delta_BNR1)).astype(v_BNSK.dtype)
+    dq_BNRK = _product(ds_BNRS, k_BNKS, transposed=True) * scale
+    dk_BNKS = _product(_to_columns(q_BTNGK) * scale, ds_BNRS)
+    dq, dk, dv = _from_rows(dq_BNRK, T), dk_BNKS.transpose(0, 3, 1, 2), dv_BNKS.transpose(0, 3, 1, 2)
+    return *(d.astype(q_BTNGK.dtype) for d in (dq, dk, dv)), None
+
+
+attention.defvjp(_attention, _attention_gradient)
+
+
+def _attend(q_BNRK, k_BNKS, v_BNSK, bias_BTS):
+    """Output, and the softmax's exponentials and their sums; R = G T rows, T fastest."""
+    B, N, R, K = q_BNRK.shape
+    T, S = bias_BTS.shape[1:]
+    scores = _product(q_BNRK, k_BNKS).reshape(B, N, R // T, T, S) * K**-0.5
+    scores += bias_BTS[:, None, None]
+    exp = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)).reshape(B, N, R, S)
+    sum_BNR1 = jnp.sum(exp, axis=-1, keepdims=True)
+    exp = exp.astype(v_BNSK.dtype)
+    return (_product(exp, v_BNSK) / sum_BNR1).astype(v_BNSK.dtype), exp, sum_BNR1
+
+
+def _product(a, b, transposed=False):
+    """Batched a @ b, or a @ b^T, into float32."""
+    dims = (((3,), (3 if transposed else 2,)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _to_rows(x_BTNGK):
+    B, T, N, G, K = x_BTNGK.shape
+    return x_BTNGK.transpose(0, 2, 3, 1, 4).reshape(B, N, G * T, K)
+
+
+def _to_columns(x_BTNGK):
+    B, T, N, G, K = x_BTNGK.shape
+    return x_BTNGK.transpose(0, 2, 4, 3, 1).reshape(B, N, K, G * T)
+
+
+def _from_rows(x_BNRK, T):
+    B, N, R, K = x_BNRK.shape
+    return x_BNRK.reshape(B, N, R // T, T, K).transpose(0, 3, 1, 2, 4)
 
 
 def segment_positions(segment_ids_BT) -> jax.Array:
@@ -98,10 +157,15 @@ def segment_positions(segment_ids_BT) -> jax.Array:
     return (time - jax.lax.cummax(jnp.where(starts, time, 0), axis=1)).astype(jnp.int32)
 
 
-def causal_mask(segment_ids_BT=None, *, length=None) -> jax.Array:
-    """Who sees whom: earlier tokens and itself, within its own segment. bool `[B or 1, T, T]`."""
-    length = length or segment_ids_BT.shape[1]
-    mask = jnp.tril(jnp.ones((1, length, length), bool))
-    if segment_ids_BT is None:
-        return mask
-    return mask & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+def causal_bias(length: int, segment_ids_BT=None) -> jax.Array:
+    """0 for earlier tokens of the same segment and itself, else MASKED; float32 `[B or 1, T, T]`."""
+    sees = jnp.tril(jnp.ones((1, length, length), bool))
+    if segment_ids_BT is not None:
+        sees &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    return jnp.where(sees, 0.0, MASKED)
+
+
+def cached_bias(positions_BT, seen_BS) -> jax.Array:
+    """0 for the slots that hold a token not after one's own position, else MASKED."""
+    sees = (seen_BS >= 0)[:, None] & (seen_BS[:, None] <= positions_BT[:, :, None])
+    return jnp.where(sees, 0.0, MASKED)

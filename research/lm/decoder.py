@@ -16,7 +16,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from research.lm.attention import Attention, Cache, causal_mask, segment_positions
+from research.lm.attention import (
+    Attention,
+    Cache,
+    cached_bias,
+    causal_bias,
+    segment_positions,
+)
 from research.lm.config import DecoderConfig
 from research.lm.layers import Kernel, RMSNorm, SwiGLU, rope_angles
 
@@ -27,11 +33,11 @@ class Block(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BTD, cos, sin, mask_BTS, cache=None, slot=None):
+    def __call__(self, x_BTD, cos, sin, bias_BTS, cache=None, slot=None):
         c = self.config
         norm = lambda name: RMSNorm(c.norm_eps, c.param_dtype, name=name)  # noqa: E731
         y_BTD, cache = Attention(c, name="attn")(
-            norm("attn_norm")(x_BTD), cos, sin, mask_BTS, cache, slot
+            norm("attn_norm")(x_BTD), cos, sin, bias_BTS, cache, slot
         )
         x_BTD = x_BTD + y_BTD
         return x_BTD + SwiGLU(c, name="mlp")(norm("mlp_norm")(x_BTD)), cache
@@ -90,9 +96,9 @@ class Decoder(nn.Module):
             seen_BS = jax.lax.dynamic_update_slice(
                 cache.positions, positions.astype(jnp.int32), (0, slot)
             )
-            mask = (seen_BS >= 0)[:, None] & (seen_BS[:, None] <= positions[:, :, None])
+            bias = cached_bias(positions, seen_BS)
         else:
-            mask = causal_mask(segment_ids, length=T)
+            bias = causal_bias(T, segment_ids)
             if positions is None and segment_ids is not None:
                 positions = segment_positions(segment_ids)
             elif positions is None:
@@ -104,7 +110,7 @@ class Decoder(nn.Module):
             written = []
             for i, params in enumerate(_per_layer(self.get_variable("params", "layers"))):
                 given = () if cache is None else (cache.layers[i], slot)
-                x_BTD, pair = layer(c, parent=None).apply({"params": params}, x_BTD, cos, sin, mask,
+                x_BTD, pair = layer(c, parent=None).apply({"params": params}, x_BTD, cos, sin, bias,
                                                           *given)
                 written.append(pair)
             if cache is not None:
@@ -117,13 +123,13 @@ class Decoder(nn.Module):
                 in_axes=nn.broadcast,
                 length=c.num_layers,
             )
-            x_BTD, _ = stack(c, name="layers")(x_BTD, cos, sin, mask)
+            x_BTD, _ = stack(c, name="layers")(x_BTD, cos, sin, bias)
 
         x_BTD = RMSNorm(c.norm_eps, c.param_dtype, name="final_norm")(x_BTD)
         if c.tie_embeddings:
             head_DV = embedding_VD.astype(c.dtype).T
         else:
-            head_DV = Kernel(c, (c.hidden_size, c.vocab_size), name="head")()
+            head_DV, _ = Kernel(c, (c.hidden_size, c.vocab_size), name="head")()
         if not return_hidden:
             x_BTD = jnp.einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=jnp.float32)
         return x_BTD if cache is None else (x_BTD, cache)

@@ -27,21 +27,30 @@ class RMSNorm(nn.Module):
 
 
 class Kernel(nn.Module):
-    """A bare weight named `kernel` (and `bias`), in the compute dtype; callers write the einsum."""
+    """A weight `kernel` and an optional `bias`, in the compute dtype; callers do the product."""
 
     config: DecoderConfig
     shape: tuple[int, ...]
-    bias_shape: tuple[int, ...] | None = None
+    bias_shape: tuple[int, ...] = ()
+    use_bias: bool = False
 
     @nn.compact
-    def __call__(self):
+    def __call__(self) -> tuple[jax.Array, jax.Array | None]:
         c = self.config
         init = nn.initializers.normal(c.init_std)
         kernel = self.param("kernel", init, self.shape, c.param_dtype).astype(c.dtype)
-        if self.bias_shape is None:
-            return kernel
+        if not self.use_bias:
+            return kernel, None
         bias = self.param("bias", nn.initializers.zeros, self.bias_shape, c.param_dtype)
         return kernel, bias.astype(c.dtype)
+
+
+def dense(x, kernel):
+    """x @ kernel over the last axis, as one matmul of two matrices.
+
+    Of a batch of matrices XLA's CPU backend makes the weight's gradient by transposing copies.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class SwiGLU(nn.Module):
@@ -52,14 +61,14 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         c = self.config
-        gate_DF = Kernel(c, (c.hidden_size, c.mlp_size), name="gate")()
-        up_DF = Kernel(c, (c.hidden_size, c.mlp_size), name="up")()
-        down_FD = Kernel(c, (c.mlp_size, c.hidden_size), name="down")()
-        return (jax.nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
+        gate_DF, _ = Kernel(c, (c.hidden_size, c.mlp_size), name="gate")()
+        up_DF, _ = Kernel(c, (c.hidden_size, c.mlp_size), name="up")()
+        down_FD, _ = Kernel(c, (c.mlp_size, c.hidden_size), name="down")()
+        return dense(jax.nn.silu(dense(x_BTD, gate_DF)) * dense(x_BTD, up_DF), down_FD)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None) -> np.ndarray:
-    """Rotary frequencies in radians per token, float32 `[head_dim / 2]`, falling from 1.
+    """Rotary frequencies in radians per token, float64 `[head_dim / 2]`, falling from 1.
 
     theta^(-2j/head_dim) (Su et al. 2021, eq. 15), stretched by `scaling` if given.
     """
@@ -70,14 +79,29 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None)
         keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
         keep = np.clip(keep, 0.0, 1.0)
         frequencies = frequencies * (keep + (1 - keep) / s.factor)
-    return frequencies.astype(np.float32)
+    return frequencies
 
 
 def rope_angles(positions_BT, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of position times frequency, float32 `[B, T, K/2]` each."""
+    """cos and sin of position times frequency, float32 `[B, T, K/2]` each; below 0 counts as 0.
+
+    Summed from two small tables: cos(a + b) = cos a cos b - sin a sin b. Trigonometry would be
+    fused into every layer and cost it more than its matmuls on CPUs, and the float32 product of a
+    far position and a frequency is off by more than the table is.
+    """
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
-    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))  # once, not per layer
+
+    def table(positions):
+        angles = np.asarray(positions)[:, None] * frequencies
+        return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+
+    step = 256
+    positions_BT = jnp.maximum(positions_BT, 0)
+    cos_far, sin_far = (
+        x[positions_BT // step] for x in table(range(0, config.max_position, step))
+    )
+    cos_near, sin_near = (x[positions_BT % step] for x in table(range(step)))
+    return cos_far * cos_near - sin_far * sin_near, sin_far * cos_near + cos_far * sin_near
 
 
 def rotate(x, cos, sin):

@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from research.lm.attention import Cache
 from research.lm.config import DecoderConfig
 from research.lm.decoder import Decoder, head_kernel, unstack
-from research.lm.sampling import Policy, Sampling, draw
+from research.lm.sampling import Policy, Sampling, draw, uniform
 
 __all__ = ["Completions", "Sampler", "Sampling"]
 
@@ -99,7 +99,11 @@ class Sampler:
         block: int = 64,
     ):
         self.config = model if isinstance(model, DecoderConfig) else model.config
-        self.model = Decoder(self.config)
+        # CPUs are slow at a matrix that is stored transposed: give a tied head a copy of its own.
+        untie = self.config.tie_embeddings and jax.default_backend() == "cpu"
+        self.model = Decoder(
+            dataclasses.replace(self.config, tie_embeddings=False) if untie else self.config
+        )
         self.shards = 1 if mesh is None else mesh.shape["data"]
         if min(slots, max_prompt, max_new_tokens, block) < 1:
             raise ValueError("slots, max_prompt, max_new_tokens and block must be at least 1")
@@ -115,8 +119,10 @@ class Sampler:
         self.rows = slots // self.shards  # per shard
         self.buckets = _buckets(max_prompt)
         self.prefill_sizes = _prefill_sizes(self.rows)
-        unit = -(-(max_prompt + max_new_tokens) // (RING_STEPS * RING_UNIT)) * RING_UNIT
-        self.rings = [unit * i for i in range(1, RING_STEPS + 1)]
+        parts = (RING_STEPS * RING_UNIT, max_prompt + max_new_tokens)
+        self.rings = sorted(
+            {-(-parts[1] * i // parts[0]) * RING_UNIT for i in range(1, RING_STEPS + 1)}
+        )
         self._build()
 
     def __call__(
@@ -196,8 +202,8 @@ class Sampler:
             chosen = function if self.mesh is None else on_mesh
             return jax.jit(chosen, donate_argnums=donate, static_argnames=static)
 
-        bind, block = functools.partial, self.block
-        self.prepare = jax.jit(bind(_prepare, dtype=self.config.dtype))
+        bind = functools.partial
+        self.prepare = jax.jit(bind(_prepare, self.model.config))
         self.prefill = program(bind(_prefill, self.model), (whole, split, split), split)
         self.start = program(
             bind(_start, self.config, history),
@@ -208,7 +214,7 @@ class Sampler:
         self.insert = program(_insert, (slots, split, timed, whole, whole), slots, donate=(0,))
         self.grow = program(_grow, (slots,), slots, static=("ring",))
         self.decode = program(
-            bind(_decode, self.model, block), (whole, slots, whole, whole), (slots, timed), donate=(1,)
+            bind(_decode, self.model), (whole, slots, whole, whole), (slots, timed), donate=(1,)
         )
 
 
@@ -376,12 +382,15 @@ class _Run:
 # What runs on a device; B, n and the clock are one shard's.
 
 
-def _prepare(params, key, dtype):
+def _prepare(config, params, key):
     """Per-layer weights in the compute dtype (norm scales stay), and a raw threefry key."""
-    cast = lambda path, x: x if path[-1].key == "scale" else x.astype(dtype)  # noqa: E731
+    cast = lambda path, x: x if path[-1].key == "scale" else x.astype(config.dtype)  # noqa: E731
     if "0" not in params["layers"]:
         params = unstack(params)
-    return jax.tree_util.tree_map_with_path(cast, params), jax.random.bits(key, (2,), jnp.uint32)
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    if not config.tie_embeddings and "head" not in params:
+        params = {**params, "head": {"kernel": params["embed"]["embedding"].T}}
+    return params, jax.random.bits(key, (2,), jnp.uint32)
 
 
 def _prefill(model, params, tokens, lengths) -> Prefix:
@@ -480,7 +489,7 @@ def _seat(slots, prefix, seats, policy, key) -> Slots:
     keys = jax.vmap(row_key)(prompt_id.astype(jnp.uint32), sample)
     count = jnp.zeros_like(slots.count)
     token, logprob, truncated = draw(
-        prefix.logits[jnp.maximum(source, 0)], _uniforms(keys, count, 1)[0], policy
+        prefix.logits[jnp.maximum(source, 0)], uniform(keys, count), policy
     )
     now = (slots.cache.index[0] - 1) % slots.tokens.shape[0]
     pick = lambda a, b: jnp.where(new.reshape(-1, *[1] * (a.ndim - 1)), a, b)  # noqa: E731
@@ -514,8 +523,8 @@ def _grow(slots, *, ring) -> Slots:
     )
 
 
-def _decode(model, block, params, slots, policy, control) -> tuple[Slots, jax.Array]:
-    """Decodes up to `control[0]` (at most `block`) tokens a row, to clock `control[1]` at most.
+def _decode(model, params, slots, policy, control) -> tuple[Slots, jax.Array]:
+    """Decodes up to `control[0]` tokens a row, to clock `control[1]` at most.
 
     Ends early when no row is active or `control[2]` rows have finished. Also returns int32 [4, B]:
     active, count, stopped, and the clock.
@@ -525,7 +534,6 @@ def _decode(model, block, params, slots, policy, control) -> tuple[Slots, jax.Ar
     cache = slots.cache
     slots = slots.replace(cache=cache.replace(index=cache.index[0]))
     busy = jnp.sum(slots.active)
-    uniforms = _uniforms(slots.key, slots.count, block)
 
     def go_on(carry):
         step, slots = carry
@@ -537,7 +545,7 @@ def _decode(model, block, params, slots, policy, control) -> tuple[Slots, jax.Ar
         logits, cache = model.apply(
             {"params": params}, slots.token[:, None], slots.position[:, None], cache=slots.cache
         )
-        token, logprob, truncated = draw(logits[:, 0], uniforms[step], policy)
+        token, logprob, truncated = draw(logits[:, 0], uniform(slots.key, slots.count), policy)
         now = slots.cache.index % history
         write = lambda ring, x: jax.lax.dynamic_update_slice(ring, x[None], (now, 0))  # noqa: E731
         count = slots.count + slots.active
@@ -561,18 +569,6 @@ def _decode(model, block, params, slots, policy, control) -> tuple[Slots, jax.Ar
         + [jnp.full_like(slots.count, clock)]
     )
     return slots.replace(cache=slots.cache.replace(index=clock[None])), report
-
-
-def _uniforms(keys, count, number):
-    """float32 in [0, 1), `[number, B]`: for each row's next tokens, from its key and their index."""
-
-    def one(key, t):
-        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), t)
-        bits = jax.random.key_data(key)[0]  # what threefry makes of (key, t) is random itself
-        return (bits >> 8).astype(jnp.float32) * 2.0**-24
-
-    rows = jax.vmap(one)
-    return jax.vmap(lambda i: rows(keys, count + i))(jnp.arange(number))
 
 
 def _buckets(longest):

@@ -161,5 +161,23 @@ def invert_cdf(weights_BV, target_B) -> tuple[jax.Array, jax.Array]:
     return index_B, target_B - jnp.max(before_BV, axis=1)
 
 
+def uniform(key_B2, count_B) -> jax.Array:
+    """One number in [0, 1) per row, float32 `[B]`: threefry-2x32 of its raw key and token index.
+
+    The bits are those of `jax.random.fold_in(key, count)`, but JAX's own rounds are a loop on CPUs,
+    slower than a small model's layer; these are one fused expression. (Salmon et al. 2011)
+    """
+    k = (key_B2[:, 0], key_B2[:, 1])
+    keys = (*k, k[0] ^ k[1] ^ np.uint32(0x1BD11BDA))
+    x, y = k[0], k[1] + count_B.astype(jnp.uint32)
+    for group in range(5):
+        for r in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x = x + y
+            y = ((y << r) | (y >> (32 - r))) ^ x
+        x = x + keys[(group + 1) % 3]
+        y = y + keys[(group + 2) % 3] + np.uint32(group + 1)
+    return (x >> 8).astype(jnp.float32) * 2.0**-24
+
+
 def _at(x_BV, index_B):
     return jnp.take_along_axis(x_BV, index_B[:, None], axis=1)[:, 0]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.lm.sampling import Policy, Sampling, draw, invert_cdf, keep
+from research.lm.sampling import Policy, Sampling, draw, invert_cdf, keep, uniform
 
 
 def chi_square(counts, probabilities):
@@ -50,6 +50,18 @@ def test_a_target_that_rounds_to_the_total_still_gives_a_token_of_positive_weigh
     assert index[0] == 3
     index, _ = invert_cdf(weights, jnp.asarray([0.0]))
     assert index[0] == 1
+
+
+def test_uniform_numbers_are_the_bits_of_threefry():
+    keys = jax.vmap(jax.random.key)(jnp.arange(5))
+    data = jax.vmap(jax.random.key_data)(keys) + jnp.uint32(0xABCDEF01)  # both words in play
+    count = jnp.asarray([0, 1, 2, 1000, 2**31 - 1])
+    keys = jax.random.wrap_key_data(data, impl="threefry2x32")
+    bits = jax.vmap(lambda k, t: jax.random.key_data(jax.random.fold_in(k, t))[0])(keys, count)
+    want = (np.asarray(bits) >> 8).astype(np.float64) / 2**24
+    np.testing.assert_array_equal(uniform(data, count), want)
+    many = np.asarray(uniform(jnp.tile(data[:1], (20000, 1)), jnp.arange(20000)))
+    assert abs(chi_square(np.histogram(many, 50, (0, 1))[0], np.full(50, 1 / 50))) < 5
 
 
 def kept_by_numpy(logits, sampling):
