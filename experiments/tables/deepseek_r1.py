@@ -252,6 +252,8 @@ def _adapts(results: Results) -> Verdict:
             for run in results["grpo"].values()
         ]
     )
+    # Longer chains are both harder and longer to write down: what is left at equal numbers of operands?
+    within = over_seeds([_within_difficulty(run["problems"]) for run in results["grpo"].values()])
     gap = over_seeds(
         [
             run["eval"]["pass@1"] - results["base"][seed]["eval"]["cons@16"]
@@ -263,10 +265,22 @@ def _adapts(results: Results) -> Verdict:
         own.low > 0 or gap.high < 0,
         {
             "rank correlation of length with own pass rate": own,
+            "the same among equally many operands": within,
             "with the base's pass rate": correlation,
             "pass@1 - base's cons@16": gap,
         },
     )
+
+
+def _within_difficulty(problems: Mapping[str, Sequence[float]]) -> float:
+    """Mean over difficulties of the rank correlation of length with pass rate among their problems."""
+    rate, length, difficulty = (np.array(problems[k]) for k in ("rate", "length", "difficulty"))
+    values = []
+    for level in np.unique(difficulty):
+        chosen = difficulty == level
+        if np.ptp(rate[chosen]) > 0 and np.ptp(length[chosen]) > 0:
+            values.append(_rank_correlation(rate[chosen], length[chosen]))
+    return float(np.mean(values))
 
 
 def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
