@@ -1,38 +1,36 @@
-"""Samples completions: batched prefill, a ring cache, and slots refilled as sequences finish.
+"""Samples completions: shared prefill, a ring cache, and slots refilled as sequences finish.
 
-The host decides who sits where; the device runs two programs of a closed set of shapes:
+The host decides who sits where; the device runs programs of a closed set of shapes (`slots.py`):
 
 * `prefill`: prompts padded on the left to a bucket → their keys, values and last logits. A prompt is
-  run once, and all its samples start from that copy.
-* `decode`: up to so many tokens for all slots in one loop, ended early when all rows are done or
+  run once (per shard that needs it), and all its samples start from copies.
+* `decode`: up to so many tokens for all slots in one loop, which ends early when all rows are done or
   enough have finished to be worth refilling.
 
-All rows of a shard write at one slot of the ring (see `Cache`). A new prompt is copied so that it ends
-at the write head, so rows of any age share the next write. The ring starts short and grows in a few
-steps to its full length, as attention costs what the ring's length is.
+The cache is a ring all rows of a shard write at together. It starts short and grows in a few steps to
+its full length, because attention costs what the ring's length is.
 """
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Sequence
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from research.lm.attention import Cache
+from research.lm import slots as programs
 from research.lm.config import DecoderConfig
-from research.lm.decoder import Decoder, head_kernel, unstack
-from research.lm.sampling import Policy, Sampling, draw, uniform
+from research.lm.decoder import Decoder
+from research.lm.sampling import Policy, Sampling
+from research.lm.slots import Slots, Weights
 
 __all__ = ["Completions", "Sampler", "Sampling"]
 
-RING_STEPS = 4  # lengths the ring takes as it grows, in multiples of RING_UNIT
-RING_UNIT = 16
-PREFILL_TOKENS = 512  # run together on one device: their activations stay in a core's cache
+RING_STEPS = 4  # lengths the ring takes as it grows,
+RING_UNIT = 16  # in multiples of this many tokens,
+RING_ROWS = 8  # if there are at least so many rows; below, attention costs little
 SMALLEST_BUCKET = 16
 
 
@@ -51,35 +49,13 @@ class Completions:
         return [row[:n] for row, n in zip(self.tokens, self.lengths, strict=True)]
 
 
-class Slots(flax.struct.PyTreeNode):
-    """The device's state: a row per slot, and one cache with its clock per shard."""
-
-    cache: Cache  # with index [1]
-    token: jax.Array  # [B] the newest token, not yet in the cache
-    position: jax.Array  # [B] its position
-    count: jax.Array  # [B] tokens sampled so far
-    key: jax.Array  # [B, 2] of the row's sample, raw
-    active: jax.Array  # [B]
-    stopped: jax.Array  # [B]
-    tokens: jax.Array  # [R, B] what was sampled, a ring over the clock
-    logprobs: jax.Array  # [R, B]
-    truncated: jax.Array  # [R, B]
-
-
-class Prefix(flax.struct.PyTreeNode):
-    """Prompts after prefill, each ending at the last place of its bucket."""
-
-    layers: tuple[tuple[jax.Array, jax.Array], ...]  # k [n, N, K, T], v [n, N, T, K]
-    positions: jax.Array  # [n, T]
-    logits: jax.Array  # [n, V], of the token to come
-
-
 class Sampler:
     """Samples from a decoder with a fixed number of slots.
 
     Args:
       model: a `Decoder` or its config.
-      slots: sequences decoded side by side, over all devices.
+      slots: sequences decoded side by side, over all devices. With more samples than slots, those
+        that finish make room; a fraction of the samples per call keeps the batch full to the end.
       max_prompt, max_new_tokens: longest prompt and completion, in tokens.
       mesh: its axis 'data' splits the slots; each shard decodes and stops by itself. None: one device.
       block: most tokens per row between two looks of the host.
@@ -99,15 +75,11 @@ class Sampler:
         block: int = 64,
     ):
         self.config = model if isinstance(model, DecoderConfig) else model.config
-        # CPUs are slow at a matrix that is stored transposed: give a tied head a copy of its own.
-        untie = self.config.tie_embeddings and jax.default_backend() == "cpu"
-        self.model = Decoder(
-            dataclasses.replace(self.config, tie_embeddings=False) if untie else self.config
-        )
         self.shards = 1 if mesh is None else mesh.shape["data"]
         if min(slots, max_prompt, max_new_tokens, block) < 1:
             raise ValueError("slots, max_prompt, max_new_tokens and block must be at least 1")
-        if max_prompt + max_new_tokens > self.config.max_position:
+        longest = max_prompt + max_new_tokens
+        if longest > self.config.max_position:
             raise ValueError(
                 f"max_prompt {max_prompt} + max_new_tokens {max_new_tokens} exceed the model's "
                 f"context of {self.config.max_position} tokens (max_position)"
@@ -117,13 +89,19 @@ class Sampler:
         self.slots, self.max_prompt, self.max_new_tokens = slots, max_prompt, max_new_tokens
         self.mesh, self.block = mesh, block
         self.rows = slots // self.shards  # per shard
-        self.buckets = _buckets(max_prompt)
-        self.prefill_sizes = _prefill_sizes(self.rows)
-        parts = (RING_STEPS * RING_UNIT, max_prompt + max_new_tokens)
-        self.rings = sorted(
-            {-(-parts[1] * i // parts[0]) * RING_UNIT for i in range(1, RING_STEPS + 1)}
-        )
+        self.buckets = _powers(2, SMALLEST_BUCKET, max_prompt)
+        self.prefill_sizes = _powers(4, 1, self.rows)
+        steps = RING_STEPS if self.rows >= RING_ROWS else 1
+        lengths = (-(-longest * i // (steps * RING_UNIT)) for i in range(1, steps + 1))
+        self.rings = sorted({RING_UNIT * length for length in lengths})
         self._build()
+
+    def prepare(self, params) -> Weights:
+        """The decoder's parameters, stacked or not, laid out for decoding, where it will happen.
+
+        Sampling does this by itself; do it once to sample many times from the same parameters.
+        """
+        return self._prepare(self._everywhere(params))
 
     def __call__(
         self,
@@ -141,7 +119,7 @@ class Sampler:
         what else is sampled (up to rounding: two tokens within one ulp of a draw may swap).
 
         Args:
-          params: the decoder's, stacked or already `unstack`ed (which saves copying them).
+          params: the decoder's, or what `prepare` made of them.
           prompts: int arrays, each of 1 to `max_prompt` tokens.
           key: a jax random key.
           prompt_ids: one per prompt, in [0, 2^32); by default its index.
@@ -150,12 +128,15 @@ class Sampler:
           ValueError: before any work, naming the prompt or setting that is wrong.
         """
         prompts = self._checked(prompts, sampling, num_samples)
-        if prompt_ids is None:
-            prompt_ids = range(len(prompts))
-        if len(prompt_ids) != len(prompts):
-            raise ValueError(f"{len(prompt_ids)} prompt_ids for {len(prompts)} prompts")
-        run = _Run(self, params, prompts, key, sampling, num_samples, np.asarray(prompt_ids))
-        return run.completions()
+        ids = np.arange(len(prompts)) if prompt_ids is None else np.asarray(prompt_ids, np.int64)
+        if len(ids) != len(prompts):
+            raise ValueError(f"{len(ids)} prompt_ids for {len(prompts)} prompts")
+        if ids.size and not (0 <= ids.min() and ids.max() < 2**32):
+            raise ValueError("prompt_ids must lie in [0, 2^32)")
+        policy = Policy.of(sampling, self.config.vocab_size)
+        weights = params if isinstance(params, Weights) else self.prepare(params)
+        policy, key = self._everywhere((policy, _raw(key)))
+        return _Run(self, weights, prompts, ids, num_samples, key, policy, sampling).completions()
 
     def _checked(self, prompts, sampling, num_samples):
         if num_samples < 1:
@@ -179,20 +160,28 @@ class Sampler:
             arrays.append(prompt.astype(np.int32))
         return arrays
 
+    def _everywhere(self, tree):
+        if self.mesh is None:
+            return jax.device_put(tree)
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
     def _build(self):
-        """Compiles nothing yet: wraps the device functions for this mesh."""
+        """The device's programs for this mesh, compiled when first used."""
+        # CPUs are slow at a matrix that is stored transposed: give a tied head a copy of its own.
+        untie = self.config.tie_embeddings and jax.default_backend() == "cpu"
+        config = dataclasses.replace(self.config, tie_embeddings=False) if untie else self.config
+        model, bind = Decoder(config), functools.partial
         split, whole = PartitionSpec("data"), PartitionSpec()
         timed = PartitionSpec(None, "data")
         slots = Slots(
             cache=split, token=split, position=split, count=split, key=split, active=split,
             stopped=split, tokens=timed, logprobs=timed, truncated=timed,
         )  # fmt: skip
-        history = self.max_new_tokens + self.block
 
         def program(function, in_specs, out_specs, donate=(), static=()):
             def on_mesh(*args, **kwargs):
                 return jax.shard_map(
-                    functools.partial(function, **kwargs),
+                    bind(function, **kwargs),
                     mesh=self.mesh,
                     in_specs=in_specs,
                     out_specs=out_specs,
@@ -202,388 +191,176 @@ class Sampler:
             chosen = function if self.mesh is None else on_mesh
             return jax.jit(chosen, donate_argnums=donate, static_argnames=static)
 
-        bind = functools.partial
-        self.prepare = jax.jit(bind(_prepare, self.model.config))
-        self.prefill = program(bind(_prefill, self.model), (whole, split, split), split)
-        self.start = program(
-            bind(_start, self.config, history),
-            (split, timed, whole, whole),
-            slots,
-            static=("ring", "head"),
+        history = self.max_new_tokens + self.block
+        self._prepare = jax.jit(bind(programs.prepare, config))
+        self._prefill = program(bind(programs.prefill, model), (whole, split, split), split)
+        self._start = program(
+            bind(programs.start, history), (split, timed, whole, whole), slots, (), ("ring", "head")
         )
-        self.insert = program(_insert, (slots, split, timed, whole, whole), slots, donate=(0,))
-        self.grow = program(_grow, (slots,), slots, static=("ring",))
-        self.decode = program(
-            bind(_decode, self.model), (whole, slots, whole, whole), (slots, timed), donate=(1,)
+        self._insert = program(programs.insert, (slots, split, timed, whole, whole), slots, (0,))
+        self._grow = program(programs.grow, (slots,), slots, (), ("ring",))
+        self._decode = program(
+            bind(programs.decode, model), (whole, slots, whole, whole), (slots, timed), (1,)
         )
 
 
 class _Run:
     """One call of a sampler: who waits, who sits where, and what came out."""
 
-    def __init__(self, sampler, params, prompts, key, sampling, num_samples, prompt_ids):
-        self.s, self.sampling, self.prompts = sampler, sampling, prompts
-        self.num_samples, self.prompt_ids = num_samples, prompt_ids.astype(np.uint32)
-        policy = Policy.of(sampling, sampler.config.vocab_size)
-        if sampler.mesh is not None:
-            everywhere = NamedSharding(sampler.mesh, PartitionSpec())
-            params, policy, key = jax.device_put((params, policy, key), everywhere)
-        else:
-            policy = jax.device_put(policy)
-        self.policy = policy
-        self.params, self.key = sampler.prepare(params, key)
-
-        total = len(prompts) * num_samples
-        self.queue = collections.deque(range(total))
+    def __init__(self, sampler, weights, prompts, prompt_ids, num_samples, key, policy, sampling):
+        self.sampler, self.weights, self.key, self.policy = sampler, weights, key, policy
+        self.limit, self.can_stop = sampling.max_new_tokens, bool(sampling.stop_ids)
+        self.prompts, self.lengths = prompts, np.asarray([p.size for p in prompts], np.int64)
+        self.prompt_ids = prompt_ids.astype(np.uint32).view(np.int32)
         first = {}
-        self.same = [first.setdefault(p.tobytes(), i) for i, p in enumerate(prompts)]
-        self.waiting = collections.Counter(p for p in self.same for _ in range(num_samples))
-        self.resident = [{} for _ in range(sampler.shards)]  # prompt → (prefix, row)
+        same = [first.setdefault(p.tobytes(), i) for i, p in enumerate(prompts)]
+        self.prompt_of = np.repeat(np.asarray(same, np.int64), num_samples)  # by request
+        self.id_of = np.repeat(self.prompt_ids, num_samples)
+        self.sample_of = np.tile(np.arange(num_samples, dtype=np.int32), len(prompts))
+        self.total, self.next = self.prompt_of.size, 0  # requests; the first that waits
+        last = np.zeros(len(prompts), np.int64)
+        np.maximum.at(last, self.prompt_of, np.arange(self.total))
+        self.last_use = last  # of a prompt: the last request that needs its prefix
 
+        shards, rows = sampler.shards, sampler.rows
+        self.prefixes: list = []
+        self.prefix_of = np.full((shards, len(prompts), 2), -1)  # number in the list, row; -1: none
         self.slots = None
-        self.owner = np.full(sampler.slots, -1)  # request a slot serves; -1 = free
-        self.since = np.zeros(sampler.slots, np.int64)  # clock of its first token
-        self.count = np.zeros(sampler.slots, np.int64)
-        self.clock = np.zeros(sampler.shards, np.int64)
-        limit = sampling.max_new_tokens
-        self.head = max((self._bucket(len(p)) for p in prompts), default=0)
-        self.full = min(ring for ring in sampler.rings if ring >= self.head + limit)
+        self.owner = np.full(shards * rows, -1)  # request a slot serves; -1 = free
+        self.since = np.zeros(shards * rows, np.int64)  # clock of its first token
+        self.count = np.zeros(shards * rows, np.int64)
+        self.clock = np.zeros(shards, np.int64)
+        self.head = max(map(self._bucket, self.lengths), default=0)
+        self.full = next(r for r in sampler.rings if r >= min(self.head + self.limit, sampler.rings[-1]))
         self.ring = 0
-        self.tokens = np.zeros((total, limit), np.int32)
-        self.logprobs = np.zeros((total, limit), np.float32)
-        self.truncated = np.zeros((total, limit), np.float32)
-        self.lengths = np.zeros(total, np.int32)
-        self.stopped = np.zeros(total, bool)
+        shape = (self.total, self.limit)
+        self.out = (np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+        self.out_lengths = np.zeros(self.total, np.int32)
+        self.out_stopped = np.zeros(self.total, bool)
 
     def completions(self) -> Completions:
-        while self.queue or (self.owner >= 0).any():
-            if self.queue and (self.owner < 0).any():
+        while self.next < self.total or (self.owner >= 0).any():
+            if self.next < self.total and (self.owner < 0).any():
                 self._refill()
             self._decode()
-        return Completions(self.tokens, self.lengths, self.logprobs, self.truncated, self.stopped)
+        tokens, logprobs, truncated = self.out
+        return Completions(tokens, self.out_lengths, logprobs, truncated, self.out_stopped)
 
     def _refill(self):
         """Gives the free slots to those who wait, evenly over the shards."""
+        sampler, free = self.sampler, (self.owner < 0).reshape(self.sampler.shards, -1)
+        # A shard's k-th free slot counts as its (taken + k)-th: the lowest are taken first.
+        level = np.where(free, (~free).sum(1, keepdims=True) + free.cumsum(1), np.iinfo(np.int64).max)
+        number = min(self.total - self.next, free.sum())
+        slots = np.sort(np.argsort(level.ravel(), kind="stable")[:number])
+        requests = np.arange(self.next, self.next + number)
+        self.next += number
+        shards, prompts = slots // sampler.rows, self.prompt_of[requests]
+        self._prefill(shards, prompts)
+        source = self.prefix_of[shards, prompts]
         if self.slots is not None and self.ring < self.full:  # from now on rows have all ages
             self._grow(self.full)
-        rows = self.owner.reshape(self.s.shards, -1)
-        taken = (rows >= 0).sum(1)
-        quota = np.zeros(self.s.shards, int)
-        for _ in range(min(len(self.queue), (rows < 0).sum())):
-            quota[np.argmin(taken + quota)] += 1
-        seated, missing = [], [[] for _ in rows]
-        for shard, free in enumerate(quota):
-            for row in np.flatnonzero(rows[shard] < 0)[:free]:
-                request = self.queue.popleft()
-                slot = shard * self.s.rows + row
-                prompt = self.same[request // self.num_samples]
-                self.owner[slot] = request
-                seated.append((slot, shard, prompt))
-                if prompt not in self.resident[shard] and prompt not in missing[shard]:
-                    missing[shard].append(prompt)
-        self._prefill(missing)
-        seats = {}
-        for slot, shard, prompt in seated:
-            prefix, row = self.resident[shard][prompt]
-            request = self.owner[slot]
-            table = seats.setdefault(id(prefix), (prefix, self._no_seats()))[1]
-            ids = self.prompt_ids[request // self.num_samples]
-            table[:, slot] = row, len(self.prompts[prompt]), ids.view(np.int32), (
-                request % self.num_samples
+        for number in np.unique(source[:, 0]):
+            mine = source[:, 0] == number
+            seats = np.full((4, sampler.slots), -1, np.int32)
+            seats[:, slots[mine]] = (
+                source[mine, 1],
+                self.lengths[prompts[mine]],
+                self.id_of[requests[mine]],
+                self.sample_of[requests[mine]],
             )
-        for prefix, table in seats.values():
+            arguments = (self.prefixes[number], seats, self.policy, self.key)
             if self.slots is None:
                 self.ring = self._next_ring(self.head)
-                self.slots = self.s.start(
-                    prefix, table, self.policy, self.key, ring=self.ring, head=self.head
-                )
+                self.slots = sampler._start(*arguments, ring=self.ring, head=self.head)
                 self.clock[:] = self.head
             else:
-                self.slots = self.s.insert(self.slots, prefix, table, self.policy, self.key)
-        for slot, shard, prompt in seated:
-            self.since[slot] = self.clock[shard] - 1
-            self.count[slot] = 1
-            self.waiting[prompt] -= 1
-            if not self.waiting[prompt]:
-                for residents in self.resident:
-                    residents.pop(prompt, None)
+                self.slots = sampler._insert(self.slots, *arguments)
+        self.owner[slots], self.since[slots], self.count[slots] = requests, self.clock[shards] - 1, 1
+        self.prefix_of[:, self.last_use < self.next] = -1
+        for number in range(len(self.prefixes)):
+            if not (self.prefix_of[:, :, 0] == number).any():
+                self.prefixes[number] = None
 
-    def _prefill(self, missing):
-        """Runs the prompts each shard lacks, by length, in batches of the closed set of sizes."""
-        for bucket in self.s.buckets:
-            lists = [[p for p in ps if self._bucket(len(self.prompts[p])) == bucket] for ps in missing]
-            while any(lists):
-                size = next(
-                    (n for n in self.s.prefill_sizes if n >= max(map(len, lists))), self.s.rows
-                )
-                tokens = np.zeros((self.s.shards, size, bucket), np.int32)
-                lengths = np.zeros((self.s.shards, size), np.int32)
-                batch = [ps[:size] for ps in lists]
-                lists = [ps[size:] for ps in lists]
-                for shard, row, p in ((d, i, p) for d, ps in enumerate(batch) for i, p in enumerate(ps)):
-                    lengths[shard, row] = len(self.prompts[p])
-                    tokens[shard, row, bucket - len(self.prompts[p]) :] = self.prompts[p]
-                prefix = self.s.prefill(
-                    self.params, tokens.reshape(-1, bucket), lengths.reshape(-1)
-                )
-                for shard, ps in enumerate(batch):
-                    for row, p in enumerate(ps):
-                        self.resident[shard][p] = (prefix, row)
+    def _prefill(self, shards, prompts):
+        """Runs the prompts that their shards lack, by length, in batches of few sizes."""
+        sampler = self.sampler
+        lacking = np.unique(
+            np.stack([shards, prompts], 1)[self.prefix_of[shards, prompts, 0] < 0], axis=0
+        )
+        for bucket in sampler.buckets:
+            fits = np.asarray([self._bucket(self.lengths[p]) == bucket for _, p in lacking], bool)
+            lists = [lacking[fits & (lacking[:, 0] == d), 1] for d in range(sampler.shards)]
+            while longest := max(map(len, lists)):
+                size = next((n for n in sampler.prefill_sizes if n >= longest), sampler.rows)
+                tokens = np.zeros((sampler.shards, size, bucket), np.int32)
+                lengths = np.zeros((sampler.shards, size), np.int32)
+                for shard, some in enumerate(lists):
+                    for row, p in enumerate(some[:size]):
+                        lengths[shard, row] = self.lengths[p]
+                        tokens[shard, row, bucket - self.lengths[p] :] = self.prompts[p]
+                        self.prefix_of[shard, p] = len(self.prefixes), row
+                lists = [some[size:] for some in lists]
+                tokens, lengths = tokens.reshape(-1, bucket), lengths.reshape(-1)
+                self.prefixes.append(sampler._prefill(self.weights, tokens, lengths))
 
     def _decode(self):
-        """Runs until someone may have finished, or the ring must grow."""
-        limit, busy = self.sampling.max_new_tokens, self.owner >= 0
+        """Runs until somebody may have finished, or the ring must grow."""
+        sampler, busy = self.sampler, self.owner >= 0
         if self.ring < self.full and self.clock.max() == self.ring:
             self._grow(self._next_ring(self.ring))
         bound = self.ring if self.ring < self.full else np.iinfo(np.int32).max
-        sure = (limit - self.count[busy]).min() if not self.sampling.stop_ids else 0
-        steps = min(sure or self.s.block, self.s.block)
-        enough = max(1, self.s.rows // 8) if self.queue else self.s.rows
+        sure = 0 if self.can_stop else (self.limit - self.count[busy]).min()
+        steps, enough = min(sure or sampler.block, sampler.block), sampler.rows
+        if self.next < self.total:
+            enough = max(1, sampler.rows // 8)
+            if sampler.shards > 1 and not sure:  # the first shard that has enough waits for the last
+                steps = min(steps, 16)
         control = np.asarray([steps, bound, enough], np.int32)
-        self.slots, report = self.s.decode(self.params, self.slots, self.policy, control)
-        certain = min(steps, bound - self.clock.max())
-        if sure > certain:  # nobody can have finished: do not wait for the device
-            self.count[busy] += certain
-            self.clock += certain
+        self.slots, report = sampler._decode(self.weights, self.slots, self.policy, control)
+        taken = min(steps, bound - self.clock.max())
+        if sure > taken:  # nobody can have finished: do not wait for the device
+            self.count[busy] += taken
+            self.clock += taken
             return
-        active, self.count, stopped, clock = np.array(report)
-        self.clock = clock.reshape(self.s.shards, -1)[:, 0].astype(np.int64)
-        done = np.flatnonzero(busy & ~active.astype(bool))
+        active, count, stopped, clock = np.asarray(report)
+        self.count[:] = count
+        self.clock[:] = clock[:: sampler.rows]
+        done = np.flatnonzero(busy & (active == 0))
         if done.size:
             self._harvest(done, stopped)
 
     def _harvest(self, done, stopped):
         requests, lengths = self.owner[done], self.count[done]
-        time = (self.since[done, None] + np.arange(lengths.max())) % self.slots.tokens.shape[0]
-        valid = np.arange(lengths.max()) < lengths[:, None]
-        for out, ring in (
-            (self.tokens, self.slots.tokens),
-            (self.logprobs, self.slots.logprobs),
-            (self.truncated, self.slots.truncated),
-        ):
+        places = np.arange(lengths.max())
+        time = (self.since[done, None] + places) % self.slots.tokens.shape[0]
+        rings = (self.slots.tokens, self.slots.logprobs, self.slots.truncated)
+        for out, ring in zip(self.out, rings, strict=True):
             values = np.asarray(ring)[time, done[:, None]]
-            out[requests, : lengths.max()] = np.where(valid, values, 0)
-        self.lengths[requests], self.stopped[requests] = lengths, stopped[done]
+            out[requests, : places.size] = np.where(places < lengths[:, None], values, 0)
+        self.out_lengths[requests], self.out_stopped[requests] = lengths, stopped[done]
         self.owner[done] = -1
 
     def _grow(self, ring):
-        self.slots, self.ring = self.s.grow(self.slots, ring=ring), ring
+        self.slots, self.ring = self.sampler._grow(self.slots, ring=ring), ring
 
     def _next_ring(self, length):
-        return min(self.full, next(ring for ring in self.s.rings if ring > length))
+        return min(self.full, next(r for r in self.sampler.rings if r > length))
 
     def _bucket(self, length):
-        return next(b for b in self.s.buckets if b >= length)
-
-    def _no_seats(self):
-        return np.full((4, self.s.slots), -1, np.int32)
+        return next(b for b in self.sampler.buckets if b >= length)
 
 
-# What runs on a device; B, n and the clock are one shard's.
+def _raw(key):
+    """The two words of a threefry key, whatever the key's kind."""
+    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    return data if data.shape == (2,) else jax.random.bits(key, (2,), jnp.uint32)
 
 
-def _prepare(config, params, key):
-    """Per-layer weights in the compute dtype (norm scales stay), and a raw threefry key."""
-    cast = lambda path, x: x if path[-1].key == "scale" else x.astype(config.dtype)  # noqa: E731
-    if "0" not in params["layers"]:
-        params = unstack(params)
-    params = jax.tree_util.tree_map_with_path(cast, params)
-    if not config.tie_embeddings and "head" not in params:
-        params = {**params, "head": {"kernel": params["embed"]["embedding"].T}}
-    return params, jax.random.bits(key, (2,), jnp.uint32)
-
-
-def _prefill(model, params, tokens, lengths) -> Prefix:
-    n, T = tokens.shape
-    cells = PREFILL_TOKENS if jax.default_backend() == "cpu" else 32 * PREFILL_TOKENS
-    rows = max(r for r in range(1, n + 1) if n % r == 0 and r <= max(1, cells // T))
-
-    def run(batch):
-        tokens, lengths = batch
-        positions = jnp.arange(T) - (T - lengths[:, None])
-        positions = jnp.where(positions < 0, -1, positions)
-        hidden, cache = model.apply(
-            {"params": params},
-            tokens,
-            positions,
-            cache=Cache.empty(model.config, rows, T),
-            return_hidden=True,
-        )
-        logits = jnp.matmul(
-            hidden[:, -1],
-            head_kernel(params, model.config),
-            preferred_element_type=jnp.float32,
-        )
-        return Prefix(cache.layers, cache.positions, logits)
-
-    if rows == n:
-        return run((tokens, lengths))
-    batches = tokens.reshape(-1, rows, T), lengths.reshape(-1, rows)
-    return jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), jax.lax.map(run, batches))
-
-
-def _start(config, history, prefix, seats, policy, key, *, ring, head) -> Slots:
-    """A full house of `seats` at clock `head`; slots without a seat are idle."""
-    B = seats.shape[1]
-    zeros = lambda dtype, *shape: jnp.zeros(shape, dtype)  # noqa: E731
-    source = jnp.maximum(seats[0], 0)
-    laid = _lay(prefix, ring, head)
-    layers, positions = jax.tree.map(lambda x: x[source], (laid.layers, laid.positions))
-    slots = Slots(
-        cache=Cache(layers, positions, jnp.full((1,), head, jnp.int32)),
-        token=zeros(jnp.int32, B),
-        position=zeros(jnp.int32, B),
-        count=zeros(jnp.int32, B),
-        key=zeros(jnp.uint32, B, 2),
-        active=zeros(bool, B),
-        stopped=zeros(bool, B),
-        tokens=zeros(jnp.int32, history, B),
-        logprobs=zeros(jnp.float32, history, B),
-        truncated=zeros(jnp.float32, history, B),
-    )
-    return _seat(slots, prefix, seats, policy, key)
-
-
-def _insert(slots, prefix, seats, policy, key) -> Slots:
-    """Puts prompts where `seats` says, ending at the write head; the other rows stay."""
-    cache = slots.cache
-    laid = _lay(prefix, cache.positions.shape[1], cache.index[0])
-    new = seats[0] >= 0
-    rows = jnp.argsort(~new)  # the new ones first
-
-    def copy(i, old):
-        row = rows[i]
-        take = lambda x: jax.lax.dynamic_slice_in_dim(x, seats[0, row], 1)  # noqa: E731
-        put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, take(y), row, 0)  # noqa: E731
-        return jax.tree.map(put, old, (laid.layers, laid.positions))
-
-    layers, positions = jax.lax.fori_loop(
-        0, jnp.sum(new), copy, (cache.layers, cache.positions)
-    )
-    slots = slots.replace(cache=cache.replace(layers=layers, positions=positions))
-    return _seat(slots, prefix, seats, policy, key)
-
-
-def _lay(prefix, ring, head) -> Prefix:
-    """Pads a prefix to the ring's length and turns it so that it ends just before `head`."""
-    T = prefix.positions.shape[1]
-
-    def lay(x, axis, fill=0):
-        width = [(0, ring - T if a == axis % x.ndim else 0) for a in range(x.ndim)]
-        return jnp.roll(jnp.pad(x, width, constant_values=fill), head - T, axis)
-
-    layers = tuple((lay(k, -1), lay(v, -2)) for k, v in prefix.layers)
-    return Prefix(layers, lay(prefix.positions, -1, -1), prefix.logits)
-
-
-def _seat(slots, prefix, seats, policy, key) -> Slots:
-    """Draws the first token of the newly seated rows."""
-    source, length, prompt_id, sample = seats
-    new = source >= 0
-
-    def row_key(prompt_id, sample):
-        key_of = jax.random.wrap_key_data(key, impl="threefry2x32")
-        key_of = jax.random.fold_in(jax.random.fold_in(key_of, prompt_id), sample)
-        return jax.random.key_data(key_of)
-
-    keys = jax.vmap(row_key)(prompt_id.astype(jnp.uint32), sample)
-    count = jnp.zeros_like(slots.count)
-    token, logprob, truncated = draw(
-        prefix.logits[jnp.maximum(source, 0)], uniform(keys, count), policy
-    )
-    now = (slots.cache.index[0] - 1) % slots.tokens.shape[0]
-    pick = lambda a, b: jnp.where(new.reshape(-1, *[1] * (a.ndim - 1)), a, b)  # noqa: E731
-    at = lambda ring, x: ring.at[now].set(pick(x, ring[now]))  # noqa: E731
-    stopped = policy.stops_V[token]
-    return slots.replace(
-        token=pick(token, slots.token),
-        position=pick(length, slots.position),
-        count=pick(count + 1, slots.count),
-        key=pick(keys, slots.key),
-        active=pick(~stopped & (policy.limit > 1), slots.active),
-        stopped=pick(stopped, slots.stopped),
-        tokens=at(slots.tokens, token),
-        logprobs=at(slots.logprobs, logprob),
-        truncated=at(slots.truncated, truncated),
-    )
-
-
-def _grow(slots, *, ring) -> Slots:
-    """The same cache with a longer ring; only before it has wrapped."""
-    cache = slots.cache
-
-    def lengthen(x, axis, fill=0):  # faster than jnp.pad on CPUs
-        shape = list(x.shape)
-        shape[axis] = ring
-        return jax.lax.dynamic_update_slice(jnp.full(shape, fill, x.dtype), x, [0] * x.ndim)
-
-    layers = tuple((lengthen(k, -1), lengthen(v, -2)) for k, v in cache.layers)
-    return slots.replace(
-        cache=cache.replace(layers=layers, positions=lengthen(cache.positions, -1, -1))
-    )
-
-
-def _decode(model, params, slots, policy, control) -> tuple[Slots, jax.Array]:
-    """Decodes up to `control[0]` tokens a row, to clock `control[1]` at most.
-
-    Ends early when no row is active or `control[2]` rows have finished. Also returns int32 [4, B]:
-    active, count, stopped, and the clock.
-    """
-    steps, bound, enough = control
-    history = slots.tokens.shape[0]
-    cache = slots.cache
-    slots = slots.replace(cache=cache.replace(index=cache.index[0]))
-    busy = jnp.sum(slots.active)
-
-    def go_on(carry):
-        step, slots = carry
-        active = jnp.sum(slots.active)
-        return (step < steps) & (slots.cache.index < bound) & (active > 0) & (busy - active < enough)
-
-    def body(carry):
-        step, slots = carry
-        logits, cache = model.apply(
-            {"params": params}, slots.token[:, None], slots.position[:, None], cache=slots.cache
-        )
-        token, logprob, truncated = draw(logits[:, 0], uniform(slots.key, slots.count), policy)
-        now = slots.cache.index % history
-        write = lambda ring, x: jax.lax.dynamic_update_slice(ring, x[None], (now, 0))  # noqa: E731
-        count = slots.count + slots.active
-        stopped = slots.active & policy.stops_V[token]
-        return step + 1, slots.replace(
-            cache=cache,
-            token=token,
-            position=slots.position + 1,
-            count=count,
-            active=slots.active & ~stopped & (count < policy.limit),
-            stopped=slots.stopped | stopped,
-            tokens=write(slots.tokens, token),
-            logprobs=write(slots.logprobs, logprob),
-            truncated=write(slots.truncated, truncated),
-        )
-
-    _, slots = jax.lax.while_loop(go_on, body, (0, slots))
-    clock = slots.cache.index
-    report = jnp.stack(
-        [x.astype(jnp.int32) for x in (slots.active, slots.count, slots.stopped)]
-        + [jnp.full_like(slots.count, clock)]
-    )
-    return slots.replace(cache=slots.cache.replace(index=clock[None])), report
-
-
-def _buckets(longest):
-    """Prompt lengths that get a program of their own: powers of two, and the longest."""
-    sizes, size = [], SMALLEST_BUCKET
-    while size < longest:
+def _powers(factor, smallest, largest):
+    """Powers of `factor` times `smallest` below `largest`, and `largest`: the sizes we compile."""
+    sizes, size = [], smallest
+    while size < largest:
         sizes.append(size)
-        size *= 2
-    return [*sizes, longest]
-
-
-def _prefill_sizes(rows):
-    """Batch sizes of prefill: powers of four, and all rows."""
-    sizes, size = [], 1
-    while size < rows:
-        sizes.append(size)
-        size *= 4
-    return [*sizes, rows]
+        size *= factor
+    return [*sizes, largest]

@@ -48,42 +48,42 @@ class Sampling:
 class Policy(flax.struct.PyTreeNode):
     """`Sampling` on the device: numbers may change from call to call without a recompilation."""
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    limit: jax.Array  # tokens after which a sequence is cut
-    stops_V: jax.Array  # bool
-    suppressed_V: jax.Array  # bool
+    numbers: jax.Array  # float32: temperature, top_p, min_p
+    counts: jax.Array  # int32: top_k, tokens after which a sequence is cut
+    masks_2V: jax.Array  # bool: ids that stop, ids that are suppressed
     greedy: bool = flax.struct.field(pytree_node=False)
     sorts: bool = flax.struct.field(pytree_node=False)  # top-k or top-p: needs the logits sorted
     truncates: bool = flax.struct.field(pytree_node=False)  # some tokens may be excluded
 
+    temperature = property(lambda self: self.numbers[0])
+    top_p = property(lambda self: self.numbers[1])
+    min_p = property(lambda self: self.numbers[2])
+    top_k = property(lambda self: self.counts[0])
+    limit = property(lambda self: self.counts[1])
+    stops_V = property(lambda self: self.masks_2V[0])
+    suppressed_V = property(lambda self: self.masks_2V[1])
+
     @classmethod
     def of(cls, sampling: Sampling, vocab_size: int) -> "Policy":
         """Raises ValueError if an id is outside the vocabulary or no token is left."""
-
-        def mask(name):
-            ids = np.asarray(getattr(sampling, name), np.int64)
-            if ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
-                raise ValueError(f"{name} {ids.tolist()} must lie in the vocabulary [0, {vocab_size})")
-            return np.isin(np.arange(vocab_size), ids)
-
-        suppressed = mask("suppress_ids")
-        if suppressed.all():
+        masks_2V = np.zeros((2, vocab_size), bool)
+        for mask_V, name in zip(masks_2V, ("stop_ids", "suppress_ids"), strict=True):
+            ids = list(getattr(sampling, name))
+            if not all(0 <= i < vocab_size for i in ids):
+                raise ValueError(f"{name} {ids} must lie in the vocabulary [0, {vocab_size})")
+            mask_V[ids] = True
+        suppresses = bool(masks_2V[1].any())
+        if suppresses and masks_2V[1].all():
             raise ValueError("suppress_ids leaves no token of the vocabulary")
-        sorts = 0 < sampling.top_k < vocab_size or sampling.top_p < 1
+        top_k = min(sampling.top_k or vocab_size, vocab_size)
+        sorts = top_k < vocab_size or sampling.top_p < 1
         return cls(
-            temperature=np.float32(sampling.temperature),
-            top_k=np.int32(min(sampling.top_k or vocab_size, vocab_size)),
-            top_p=np.float32(sampling.top_p),
-            min_p=np.float32(sampling.min_p),
-            limit=np.int32(sampling.max_new_tokens),
-            stops_V=mask("stop_ids"),
-            suppressed_V=suppressed,
+            numbers=np.asarray([sampling.temperature, sampling.top_p, sampling.min_p], np.float32),
+            counts=np.asarray([top_k, sampling.max_new_tokens], np.int32),
+            masks_2V=masks_2V,
             greedy=sampling.temperature == 0,
             sorts=sorts,
-            truncates=sorts or sampling.min_p > 0 or bool(suppressed.any()),
+            truncates=sorts or sampling.min_p > 0 or suppresses,
         )
 
 

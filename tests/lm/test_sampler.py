@@ -56,7 +56,7 @@ def prompts():
 @functools.cache
 def sampled(slots=4, devices=1):
     """The same 21 sequences (7 prompts, 3 samples each), however they are run."""
-    return sampler(slots, devices)(params(), prompts(), jax.random.key(7), SAMPLING, num_samples=3)
+    return sampler(slots, devices)(params(), prompts(), jax.random.key(8), SAMPLING, num_samples=3)
 
 
 def score(tokens, start, stop, temperature):
@@ -108,7 +108,7 @@ def test_a_sequence_depends_on_its_prompt_id_and_sample_alone():
     got = sampler(4)(
         params(),
         [prompts()[i] for i in order],
-        jax.random.key(7),
+        jax.random.key(8),
         SAMPLING,
         num_samples=2,
         prompt_ids=order,

@@ -1,0 +1,241 @@
+"""The sampler's programs on one device: prefill, seat, grow, decode.
+
+B rows decode side by side, n prompts wait after prefill; V vocabulary, S ring, T prompt bucket, R
+places of history. All rows write at one place of the ring (see `Cache`). A new prompt is laid so that
+it ends at the write head, so that rows of any age share the next write.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from research.lm.attention import Cache
+from research.lm.config import DecoderConfig
+from research.lm.decoder import Decoder, head_kernel, unstack
+from research.lm.sampling import draw, uniform
+
+PREFILL_TOKENS = {"cpu": 512}  # run together; on CPUs what keeps activations in a core's cache
+
+
+class Slots(flax.struct.PyTreeNode):
+    """The device's state: a row per slot, and one cache with its clock per shard."""
+
+    cache: Cache  # with index [1]
+    token: jax.Array  # [B] the newest token, not yet in the cache
+    position: jax.Array  # [B] its position
+    count: jax.Array  # [B] tokens sampled so far
+    key: jax.Array  # [B, 2] of the row's sample, raw
+    active: jax.Array  # [B]
+    stopped: jax.Array  # [B]
+    tokens: jax.Array  # [R, B] what was sampled, a ring over the clock
+    logprobs: jax.Array  # [R, B]
+    truncated: jax.Array  # [R, B]
+
+
+class Prefix(flax.struct.PyTreeNode):
+    """Prompts after prefill, each ending at the last place of its bucket."""
+
+    layers: tuple[tuple[jax.Array, jax.Array], ...]  # k [n, N, K, T], v [n, N, T, K]
+    positions: jax.Array  # [n, T]
+    logits: jax.Array  # [n, V], of the token to come
+
+
+class Weights(flax.struct.PyTreeNode):
+    """Parameters as decoding wants them: per layer, in the compute dtype (norm scales stay)."""
+
+    params: dict
+
+
+def prepare(config: DecoderConfig, params) -> Weights:
+    """`config` is what decoding uses: if it is not tied and params are, the head gets a copy."""
+    cast = lambda path, x: x if path[-1].key == "scale" else x.astype(config.dtype)  # noqa: E731
+    if "0" not in params["layers"]:
+        params = unstack(params)
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    if not config.tie_embeddings and "head" not in params:
+        params = {**params, "head": {"kernel": params["embed"]["embedding"].T}}
+    return Weights(params)
+
+
+def prefill(model: Decoder, weights: Weights, tokens, lengths) -> Prefix:
+    """Runs prompts int32 `[n, T]`, each in the last `lengths` places of its row."""
+    n, T = tokens.shape
+    params, together = weights.params, PREFILL_TOKENS.get(jax.default_backend(), 16384)
+    rows = max(r for r in range(1, n + 1) if n % r == 0 and r <= max(1, together // T))
+
+    def run(batch):
+        tokens, lengths = batch
+        positions = jnp.arange(T) - (T - lengths[:, None])
+        positions = jnp.where(positions < 0, -1, positions)
+        hidden, cache = model.apply(
+            {"params": params},
+            tokens,
+            positions,
+            cache=Cache.empty(model.config, rows, T),
+            return_hidden=True,
+        )
+        logits = jnp.matmul(
+            hidden[:, -1],
+            head_kernel(params, model.config),
+            preferred_element_type=jnp.float32,
+        )
+        return Prefix(cache.layers, cache.positions, logits)
+
+    if rows == n:
+        return run((tokens, lengths))
+    batches = tokens.reshape(-1, rows, T), lengths.reshape(-1, rows)
+    return jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), jax.lax.map(run, batches))
+
+
+def start(history, prefix, seats, policy, key, *, ring, head) -> Slots:
+    """Slots at clock `head`, those with a seat occupied; `seats` as for `insert`."""
+    B = seats.shape[1]
+    zeros = lambda dtype, *shape: jnp.zeros(shape, dtype)  # noqa: E731
+    source = jnp.maximum(seats[0], 0)
+    layers, positions = jax.tree.map(lambda x: x[source], _laid(prefix, ring, head))
+    slots = Slots(
+        cache=Cache(layers, positions, jnp.full((1,), head, jnp.int32)),
+        token=zeros(jnp.int32, B),
+        position=zeros(jnp.int32, B),
+        count=zeros(jnp.int32, B),
+        key=zeros(jnp.uint32, B, 2),
+        active=zeros(bool, B),
+        stopped=zeros(bool, B),
+        tokens=zeros(jnp.int32, history, B),
+        logprobs=zeros(jnp.float32, history, B),
+        truncated=zeros(jnp.float32, history, B),
+    )
+    return _seat(slots, prefix, seats, policy, key)
+
+
+def insert(slots, prefix, seats, policy, key) -> Slots:
+    """Puts prompts into slots, and draws their first tokens; the other rows stay as they are.
+
+    seats: int32 `[4, B]`: the prompt's row in `prefix` (-1: nobody new), its length, the prompt's id
+    (the bits of a uint32) and the sample's number.
+    """
+    cache = slots.cache
+    laid = _laid(prefix, cache.positions.shape[1], cache.index[0])
+    new = seats[0] >= 0
+    rows = jnp.argsort(~new)  # the new ones first
+
+    def copy(i, old):
+        row = rows[i]
+        take = lambda x: jax.lax.dynamic_slice_in_dim(x, seats[0, row], 1)  # noqa: E731
+        put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, take(y), row, 0)  # noqa: E731
+        return jax.tree.map(put, old, laid)
+
+    layers, positions = jax.lax.fori_loop(
+        0, jnp.sum(new), copy, (cache.layers, cache.positions)
+    )
+    slots = slots.replace(cache=cache.replace(layers=layers, positions=positions))
+    return _seat(slots, prefix, seats, policy, key)
+
+
+def _laid(prefix, ring, head):
+    """Its layers and positions, padded to the ring's length and turned to end just before `head`."""
+    T = prefix.positions.shape[1]
+
+    def lay(x, axis, fill=0):
+        width = [(0, ring - T if a == axis % x.ndim else 0) for a in range(x.ndim)]
+        return jnp.roll(jnp.pad(x, width, constant_values=fill), head - T, axis)
+
+    layers = tuple((lay(k, -1), lay(v, -2)) for k, v in prefix.layers)
+    return layers, lay(prefix.positions, -1, -1)
+
+
+def _seat(slots, prefix, seats, policy, key) -> Slots:
+    """Draws the first token of the newly seated rows."""
+    source, length, prompt_id, sample = seats
+    new = source >= 0
+
+    def row_key(prompt_id, sample):
+        key_of = jax.random.wrap_key_data(key, impl="threefry2x32")
+        key_of = jax.random.fold_in(jax.random.fold_in(key_of, prompt_id), sample)
+        return jax.random.key_data(key_of)
+
+    keys = jax.vmap(row_key)(prompt_id.astype(jnp.uint32), sample)
+    count = jnp.zeros_like(slots.count)
+    token, logprob, truncated = draw(
+        prefix.logits[jnp.maximum(source, 0)], uniform(keys, count), policy
+    )
+    now = (slots.cache.index[0] - 1) % slots.tokens.shape[0]
+    pick = lambda a, b: jnp.where(new.reshape(-1, *[1] * (a.ndim - 1)), a, b)  # noqa: E731
+    at = lambda ring, x: ring.at[now].set(pick(x, ring[now]))  # noqa: E731
+    stopped = policy.stops_V[token]
+    return slots.replace(
+        token=pick(token, slots.token),
+        position=pick(length, slots.position),
+        count=pick(count + 1, slots.count),
+        key=pick(keys, slots.key),
+        active=pick(~stopped & (policy.limit > 1), slots.active),
+        stopped=pick(stopped, slots.stopped),
+        tokens=at(slots.tokens, token),
+        logprobs=at(slots.logprobs, logprob),
+        truncated=at(slots.truncated, truncated),
+    )
+
+
+def grow(slots, *, ring) -> Slots:
+    """The same cache with a longer ring; only before it has wrapped."""
+    cache = slots.cache
+
+    def lengthen(x, axis, fill=0):  # faster than jnp.pad on CPUs
+        shape = list(x.shape)
+        shape[axis] = ring
+        return jax.lax.dynamic_update_slice(jnp.full(shape, fill, x.dtype), x, [0] * x.ndim)
+
+    layers = tuple((lengthen(k, -1), lengthen(v, -2)) for k, v in cache.layers)
+    return slots.replace(
+        cache=cache.replace(layers=layers, positions=lengthen(cache.positions, -1, -1))
+    )
+
+
+def decode(model: Decoder, weights: Weights, slots, policy, control) -> tuple[Slots, jax.Array]:
+    """Decodes up to `control[0]` tokens a row, to clock `control[1]` at most.
+
+    Ends early when no row is active or `control[2]` rows have finished. Also returns int32 [4, B]:
+    active, count, stopped, and the clock.
+    """
+    steps, bound, enough = control
+    history = slots.tokens.shape[0]
+    cache = slots.cache
+    slots = slots.replace(cache=cache.replace(index=cache.index[0]))
+    busy = jnp.sum(slots.active)
+
+    def go_on(carry):
+        step, slots = carry
+        active = jnp.sum(slots.active)
+        return (step < steps) & (slots.cache.index < bound) & (active > 0) & (busy - active < enough)
+
+    def body(carry):
+        step, slots = carry
+        logits, cache = model.apply(
+            {"params": weights.params}, slots.token[:, None], slots.position[:, None], cache=slots.cache
+        )
+        token, logprob, truncated = draw(logits[:, 0], uniform(slots.key, slots.count), policy)
+        now = slots.cache.index % history
+        write = lambda ring, x: jax.lax.dynamic_update_slice(ring, x[None], (now, 0))  # noqa: E731
+        count = slots.count + slots.active
+        stopped = slots.active & policy.stops_V[token]
+        return step + 1, slots.replace(
+            cache=cache,
+            token=token,
+            position=slots.position + 1,
+            count=count,
+            active=slots.active & ~stopped & (count < policy.limit),
+            stopped=slots.stopped | stopped,
+            tokens=write(slots.tokens, token),
+            logprobs=write(slots.logprobs, logprob),
+            truncated=write(slots.truncated, truncated),
+        )
+
+    _, slots = jax.lax.while_loop(go_on, body, (0, slots))
+    clock = slots.cache.index
+    report = jnp.stack(
+        [x.astype(jnp.int32) for x in (slots.active, slots.count, slots.stopped)]
+        + [jnp.full_like(slots.count, clock)]
+    )
+    return slots.replace(cache=slots.cache.replace(index=clock[None])), report
+
+
