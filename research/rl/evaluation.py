@@ -93,7 +93,7 @@ def report(samples: Samples, *, k: int = 16, seed: int = 0) -> dict[str, float]:
         "format": float(np.mean(samples.formatted)),
         "truncated": float(np.mean(samples.truncated)),
         "length": float(lengths.mean()),
-        "reflection/words": float(np.mean([sum(reflections(text).values()) for text in texts])),
+        "reflection/words": float(np.mean([len(_REFLECTION.findall(text)) for text in texts])),
         "reflection/wait": float(np.mean([has_wait(text) for text in texts])),
     }
     if correct.any():
@@ -180,7 +180,11 @@ def bootstrap(
     """Percentile interval of the mean of per-problem (or per-seed) values [P], resampled."""
     values = np.asarray(values, float)
     rng = np.random.default_rng(seed)
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(draws)]
+    n, means = len(values), np.empty(draws)
+    at_once = max(1, 2**16 // n)  # few calls, and indices that stay in cache
+    for start in range(0, draws, at_once):
+        part = means[start : start + at_once]
+        part[:] = values[rng.integers(0, n, (len(part), n))].mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
