@@ -247,10 +247,12 @@ def minibatches(
         before = len(prompt)
         sequences.append(
             {
-                "tokens": np.concatenate([prompt, response]).astype(np.int32),
-                "advantages": _after(before, np.full(length, advantages[row], np.float32)),
-                "weights": _after(before, np.full(length, weights[row], np.float32)),
-                "sampler_logprobs": _after(before, episodes.completions.logprobs[row, :length]),
+                "tokens": np.concatenate([prompt, response], dtype=np.int32),
+                "advantages": _after(before, length, advantages[row]),
+                "weights": _after(before, length, weights[row]),
+                "sampler_logprobs": _after(
+                    before, length, episodes.completions.logprobs[row, :length]
+                ),
             }
         )
     best_fit = pack([len(s["tokens"]) for s in sequences], row_length)
@@ -288,8 +290,11 @@ def _check_size(task: Task, split: str, count: int) -> None:
         )
 
 
-def _after(prompt_length: int, values: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.zeros(prompt_length, np.float32), values.astype(np.float32)])
+def _after(prompt_length: int, length: int, values: np.ndarray | float) -> np.ndarray:
+    """[prompt_length + length] float32: zeros, then the values."""
+    row = np.zeros(prompt_length + length, np.float32)
+    row[prompt_length:] = values
+    return row
 
 
 def local_devices(mesh: Mesh) -> int:
