@@ -311,6 +311,8 @@ class _Run:
 
     def collect(self, state: TrainState, step: int) -> tuple[dict[str, Any], dict[str, float]]:
         config, rollout = self.config, self.config.rollout
+        began = time.perf_counter()
+        jax.block_until_ready(state.params)  # sampling needs them; the wait is the last update's
         started = time.perf_counter()
         first = jax.process_index() * self.local_prompts
         problems = [
@@ -351,6 +353,7 @@ class _Run:
             self._save_samples(episodes, step)
         metrics["rollout/limit"] = float(limit)
         metrics["tokens"] = float(sum(t for _, _, t in parts))
+        metrics["time/wait"] = started - began
         metrics["time/sample"] = sampled - started
         metrics["time/pack"] = time.perf_counter() - sampled
         metrics["time/sampled_tokens_per_second"] = float(episodes.completions.lengths.sum()) / (
