@@ -20,11 +20,12 @@ from experiments import run as launcher
 from research.core import config as configs
 from research.core import mesh as meshes
 from research.core import provenance
+from research.core.checkpoint import CheckpointError
 from research.deepseek_r1 import zero
 from research.lm import checkpoints
 from research.lm.decoder import unstack
 from research.lm.sampler import Sampler, Sampling
-from research.rewards import RewardConfig, Rewarder
+from research.rewards import RewardConfig, Rewarder, RewardFailure
 from research.rl import trainer as rl
 from research.rl.evaluation import pass_at_k
 from research.rl.rollout import Actor, evaluate
@@ -53,9 +54,11 @@ _PROBLEMS = flags.DEFINE_integer("problems", 0, "How many problems; 0: all of a 
 _SAMPLES = flags.DEFINE_integer("samples", 16, "Responses to each problem.", 1)
 _K = flags.DEFINE_list("k", ["1", "4", "16"], "pass@k for these, as far as there are samples.")
 _TEMPERATURE = flags.DEFINE_float(
-    "temperature", None, "0 is greedy; default: the run's, or 0.6.", 0.0
+    "temperature", None, "0 is greedy; default: that of the run's evaluation, or 0.6.", 0.0
 )
-_TOP_P = flags.DEFINE_float("top_p", None, "Default: the run's, or 0.95.", 0.0, 1.0)
+_TOP_P = flags.DEFINE_float(
+    "top_p", None, "Default: that of the run's evaluation, or 0.95.", 0.0, 1.0
+)
 _MAX_PROMPT = flags.DEFINE_integer(
     "max_prompt", None, "Longest prompt, in tokens; default: the run's, or 512.", 1
 )
@@ -72,13 +75,13 @@ _RESPONSES = flags.DEFINE_string(
 
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
-        raise app.UsageError(f"unknown arguments {arguments[1:]}")
+        sys.exit(f"error: unknown arguments {arguments[1:]}; settings are --name=value")
     if (_RUN.value is None) == (_HF.value is None):
-        raise app.UsageError("give either --run=DIRECTORY or --hf=DIRECTORY")
+        sys.exit("error: give either --run=DIRECTORY or --hf=DIRECTORY")
     launcher.setup_from_flags()
     try:
         figures, settings = measure()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CheckpointError, RewardFailure) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     width = max(map(len, figures))
@@ -92,13 +95,14 @@ def main(arguments: list[str]) -> None:
 def measure() -> tuple[dict[str, float], dict]:
     """The figures that the flags ask for, and the settings they were obtained with."""
     config = _of_run() if _RUN.value else None
-    rollout = config.rollout if config else rl.RolloutConfig(temperature=0.6, top_p=0.95)
+    rollout = config.rollout if config else rl.RolloutConfig()
+    drawn = config.eval if config else rl.EvalConfig(temperature=0.6, top_p=0.95)
     if _TASK.value:
         task_config = TaskConfig(name=_TASK.value, options=tuple(_TASK_OPTIONS.value))
     elif config:
         task_config = config.task
     else:
-        raise ValueError("--task is needed with --hf")
+        raise ValueError("give --task; only a run of reinforcement learning brings its own")
     reward = config.reward if config else RewardConfig()
     # An evaluation is never paid by a coin, and counts every readable right answer.
     reward = dataclasses.replace(reward, random=None)
@@ -125,8 +129,8 @@ def measure() -> tuple[dict[str, float], dict]:
     )
     sampling = Sampling(
         max_new_tokens=limit,
-        temperature=rollout.temperature if _TEMPERATURE.value is None else _TEMPERATURE.value,
-        top_p=rollout.top_p if _TOP_P.value is None else _TOP_P.value,
+        temperature=drawn.temperature if _TEMPERATURE.value is None else _TEMPERATURE.value,
+        top_p=drawn.top_p if _TOP_P.value is None else _TOP_P.value,
         stop_ids=tokenizer.stop_ids,
     )
     with Rewarder(reward, task) as rewarder:
@@ -164,6 +168,8 @@ def measure() -> tuple[dict[str, float], dict]:
 def _of_run() -> rl.Config | None:
     """The config of a run of reinforcement learning; None for other runs."""
     path = pathlib.Path(_RUN.value) / "config.json"
+    if not path.parent.is_dir():
+        raise ValueError(f"--run={_RUN.value}: there is no such directory")
     if not path.exists() or json.loads(path.read_text()).get("kind") != "rl":
         return None
     return configs.load(path, rl.Config)

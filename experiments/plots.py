@@ -20,10 +20,11 @@ def curves(
     smooth: int = 5,
     columns: int = 2,
 ) -> None:
-    """Writes a PNG with one panel for each metric, one line for each arm.
+    """Writes a PNG with one panel for each metric, one line for each arm that has points.
 
     Args:
-      panels: title → arm → curves of its seeds; several seeds are drawn as their mean and range.
+      panels: title → arm → curves of its seeds; several seeds are drawn as their mean and range, at the
+        steps that all of them have.
       smooth: running mean over so many points.
     """
     rows = -(-len(panels) // columns)
@@ -32,10 +33,12 @@ def curves(
         axis.axis("off")
     for axis, (title, arms) in zip(axes.flat, panels.items(), strict=False):
         for arm, seeds in arms.items():
-            length = min(len(curve) for curve in seeds)
-            steps = np.array([step for step, _ in seeds[0][:length]])
+            by_step = [dict(curve) for curve in seeds]
+            steps = sorted(set.intersection(*map(set, by_step))) if by_step else []
+            if not steps:
+                continue
             values = np.array(
-                [_running_mean([v for _, v in curve[:length]], smooth) for curve in seeds]
+                [_running_mean([curve[step] for step in steps], smooth) for curve in by_step]
             )
             (line,) = axis.plot(steps, values.mean(axis=0), label=arm)
             if len(seeds) > 1:
@@ -49,16 +52,22 @@ def curves(
         axis.set_title(title)
         axis.set_xlabel(xlabel)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False)
     figure.tight_layout()
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _running_mean(values: Sequence[float], width: int) -> np.ndarray:
-    """Mean over the last `width` points (fewer at the start)."""
-    total = np.cumsum(np.insert(np.asarray(values, float), 0, 0.0))
+def _running_mean(values: Sequence[float | None], width: int) -> np.ndarray:
+    """Mean over the last `width` points (fewer at the start); None and NaN are gaps, and count in no mean."""
+    values = np.array(values, float)
+    known = np.isfinite(values)
+    totals, counts = (
+        np.cumsum(np.insert(x.astype(float), 0, 0.0)) for x in (np.where(known, values, 0.0), known)
+    )
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - width)
-    return (total[ends] - total[starts]) / (ends - starts)
+    counts = counts[ends] - counts[starts]
+    return (totals[ends] - totals[starts]) / np.where(counts, counts, np.nan)

@@ -8,6 +8,7 @@
 resumes an interrupted run exactly where it was saved.
 """
 
+import dataclasses
 import importlib
 import json
 import logging
@@ -30,6 +31,8 @@ KINDS = {  # a config's `kind` → the module with its `Config`, and `build` (a 
     "rl": "research.rl.trainer",
     "quickstart": "experiments.quickstart",
 }
+
+ERROR = "error.txt"  # in a run's directory: the traceback of what stopped it
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to train: a file with get_config()."
@@ -59,12 +62,18 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, Any] | None:
     """Runs the experiment of a resolved config (one of the `Config` classes of `KINDS`) in `workdir`."""
     module = importlib.import_module(KINDS[config.kind])
     workdir = pathlib.Path(workdir)
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "provenance.json").write_text(json.dumps(provenance.describe(), indent=2) + "\n")
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / ERROR).unlink(missing_ok=True)
     if hasattr(module, "main"):
+        _note(workdir)
         return module.main(config, workdir)
-    loop.run(module.build(config, workdir), config.loop, workdir, fingerprint_of=config)
+    trainer = module.build(config, workdir)
+
+    def init():  # the loop calls it when it has found that the directory is not another run's
+        _note(workdir)
+        return trainer.init()
+
+    loop.run(dataclasses.replace(trainer, init=init), config.loop, workdir, fingerprint_of=config)
     return None
 
 
@@ -82,29 +91,61 @@ def setup_from_flags() -> None:
 
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
-        raise app.UsageError(f"unknown arguments {arguments[1:]}; settings are --config.key=value")
-    if _CONFIG.value is None:
-        raise app.UsageError("--config=FILE is needed; see experiments/configs")
+        sys.exit(f"error: unknown arguments {arguments[1:]}; settings are --config.key=value")
+    config, name = _config_from_flags()
     setup_from_flags()
-    kind = _CONFIG.value.get("kind")
-    if kind not in KINDS:
-        raise app.UsageError(f"the config's kind is {kind!r}; it must be one of {', '.join(KINDS)}")
-    config = configs.from_config_dict(importlib.import_module(KINDS[kind]).Config, _CONFIG.value)
-    name = pathlib.Path(flags.FLAGS["config"].config_filename.split(":")[0]).stem
-    workdir = _WORKDIR.value or f"runs/{name}"
+    workdir = pathlib.Path(_WORKDIR.value or f"runs/{name}")
     try:
         train(config, workdir)
     except loop.Interrupted as stop:
         print(f"{stop}. The same command goes on from there.", file=sys.stderr)
         sys.exit(128 + int(stop.signum))
-    except Exception as error:
-        log = pathlib.Path(workdir) / "error.txt"
-        log.write_text(traceback.format_exc())
-        print(f"error: {error}\n(the traceback is in {log})", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        expected = isinstance(error, (ValueError, OSError))
+        text = str(error) if expected else f"{type(error).__name__}: {error}"
+        print(f"error: {text}", file=sys.stderr)
+        if workdir.is_dir():
+            (workdir / ERROR).write_text(traceback.format_exc())
+            print(f"(the traceback is in {workdir / ERROR})", file=sys.stderr)
+        sys.exit(2)
+
+
+def _config_from_flags() -> tuple[Any, str]:
+    """The config that the flags ask for, as the `Config` of its kind, and the name of its file."""
+    if _CONFIG.value is None:
+        sys.exit("error: --config=FILE is needed; see experiments/configs")
+    kind = _CONFIG.value.get("kind")
+    if kind not in KINDS:
+        sys.exit(f"error: the config's kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+    schema = importlib.import_module(KINDS[kind]).Config
+    try:
+        config = configs.from_config_dict(schema, _CONFIG.value)
+    except configs.ConfigError as error:
+        sys.exit(f"error: {error}")
+    return config, _config_path(flags.FLAGS["config"].config_filename).stem
+
+
+def _note(workdir: pathlib.Path) -> None:
+    if jax.process_index() == 0:
+        (workdir / "provenance.json").write_text(json.dumps(provenance.describe(), indent=2) + "\n")
+
+
+def parse(arguments: list[str]) -> list[str]:
+    """absl's parsing of flags, for `app.run`; a config file that is not there ends the program with one line."""
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, rest = flag.partition("=")
+        path = _config_path(rest if equals else value)
+        if name in ("-config", "--config") and not path.is_file():
+            sys.exit(f"error: there is no config file {path}; see experiments/configs")
+    return app.parse_flags_with_usage(arguments)
+
+
+def _config_path(value: str) -> pathlib.Path:
+    """FILE of FILE:argument."""
+    return pathlib.Path(value.partition(":")[0])
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -3,7 +3,7 @@
     python -m experiments.table deepseek_r1/zero --scale=cpu --seeds=0,1,2
 
 Finished runs are kept in `--workdir` and not run again; interrupted ones go on where they were saved. The
-result, with its provenance, is written as JSON, Markdown, CSV, LaTeX and a figure to
+result, with the provenance of every run, is written as JSON, Markdown, CSV, LaTeX and a figure to
 `experiments/results/<paper>/<table>-<scale>.*`.
 """
 
@@ -19,6 +19,7 @@ from absl import app, flags
 from experiments import run as launcher
 from experiments.tables.base import Claim, Interval, Results, Table, Verdict
 from research.core import provenance
+from research.core.checkpoint import CheckpointError
 
 _SCALE = flags.DEFINE_string("scale", "cpu", "Which runs: cpu, gpu or another that the table has.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, at least three for a verdict.")
@@ -26,22 +27,29 @@ _REPORT = flags.DEFINE_bool("report", False, "Only judge what has been run; run 
 _OUT = flags.DEFINE_string("out", "experiments/results", "Where results are written.")
 
 
+def papers() -> list[str]:
+    """The modules in `experiments/tables` that hold tables."""
+    names = sorted(p.stem for p in (pathlib.Path(__file__).parent / "tables").glob("*.py"))
+    return [name for name in names if name not in ("__init__", "base")]
+
+
 def load(name: str) -> Table:
-    """The table `paper/table`. Raises UsageError naming what there is."""
+    """The table `paper/table`. Raises ValueError naming what there is."""
     paper, _, table = name.partition("/")
-    known = sorted(p.stem for p in (pathlib.Path(__file__).parent / "tables").glob("*.py"))
-    known = [k for k in known if k not in ("__init__", "base")]
-    if paper not in known:
-        raise app.UsageError(f"no tables of {paper!r}; there are {', '.join(known)}")
+    if paper not in papers():
+        raise ValueError(f"no tables of {paper!r}; there are {', '.join(papers())}")
     tables = importlib.import_module(f"experiments.tables.{paper}").TABLES
     if table not in tables:
-        raise app.UsageError(f"{paper} has no table {table!r}; it has {', '.join(tables)}")
+        raise ValueError(f"{paper} has no table {table!r}; it has {', '.join(tables)}")
     return tables[table]
 
 
-def collect(table: Table, scale: str, seeds: list[int], workdir: pathlib.Path, run: bool) -> dict:
-    """run → seed → figures; runs what is missing if `run`."""
+def collect(
+    table: Table, scale: str, seeds: list[int], workdir: pathlib.Path, run: bool
+) -> tuple[Results, list[dict]]:
+    """run → seed → figures, and how each was obtained; runs what is missing if `run`."""
     results: dict[str, dict[int, dict]] = {}
+    origins = []
     for seed in seeds:
         for row in table.scales[scale]:
             directory = workdir / row.name / f"seed{seed}"
@@ -63,22 +71,32 @@ def collect(table: Table, scale: str, seeds: list[int], workdir: pathlib.Path, r
                 temporary = finished.with_suffix(".tmp")
                 temporary.write_text(json.dumps(record, indent=1) + "\n")
                 temporary.replace(finished)
-            results.setdefault(row.name, {})[seed] = json.loads(finished.read_text())["figures"]
-    return results
+            record = json.loads(finished.read_text())
+            results.setdefault(row.name, {})[seed] = record.pop("figures")
+            origins.append({"run": row.name, "seed": seed, **record})
+    return results, origins
 
 
 def judge(claim: Claim, results: Results, minimum: int = 3) -> Verdict:
-    """The verdict on a claim; 'not run' where a run that it needs is missing.
+    """The verdict on a claim; 'not run' where a run that it needs, or a figure of one, is missing.
 
     With fewer than `minimum` seeds no claim is confirmed or refuted.
     """
     missing = [name for name in claim.needs if not results.get(name)]
     if missing:
         return Verdict("not run", {"missing": ", ".join(missing)})
-    seeds = min(len(results[name]) for name in claim.needs)
-    verdict = claim.judge(results)
-    if seeds < minimum and verdict.status != "not run":
-        return Verdict("not resolved", {**verdict.numbers, "seeds": f"{seeds}, {minimum} needed"})
+    # Arms are compared seed by seed, so only seeds that all of them have count.
+    common = set.intersection(*(set(results[name]) for name in claim.needs))
+    if not common:
+        return Verdict("not run", {"missing": f"a seed with all of {', '.join(claim.needs)}"})
+    compared = {name: {s: results[name][s] for s in sorted(common)} for name in claim.needs}
+    try:
+        verdict = claim.judge(compared)
+    except KeyError as missing:  # not every scale measures everything
+        return Verdict("not run", {"missing": f"the figure {missing}"})
+    if len(common) < minimum and verdict.status != "not run":
+        seeds = {"seeds": f"{len(common)}, {minimum} needed"}
+        return Verdict("not resolved", {**verdict.numbers, **seeds})
     return verdict
 
 
@@ -87,7 +105,7 @@ def write(
     scale: str,
     results: Results,
     verdicts: dict[str, Verdict],
-    seconds: float,
+    origins: list[dict],
     out: pathlib.Path,
 ) -> pathlib.Path:
     """Writes JSON, Markdown, CSV, LaTeX and the figure; returns the Markdown's path."""
@@ -116,8 +134,9 @@ def write(
     record = {
         "table": table.name,
         "scale": scale,
-        "provenance": provenance.describe(),
-        "seconds": round(seconds, 1),
+        "judged": provenance.describe(),
+        "seconds": round(sum(origin["seconds"] for origin in origins), 1),
+        "runs": origins,
         "claims": {
             number: {"status": v.status, "numbers": {k: _json(x) for k, x in v.numbers.items()}}
             for number, v in verdicts.items()
@@ -131,36 +150,39 @@ def write(
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) != 2:
-        raise app.UsageError(
-            "name one table, as in: python -m experiments.table deepseek_r1/zero --scale=cpu"
-        )
-    table = load(arguments[1])
-    scale = _SCALE.value
-    if scale not in table.scales:
-        raise app.UsageError(
-            f"{table.name} has no runs at scale {scale!r}; it has {', '.join(table.scales)}"
-        )
-    seeds = [int(seed) for seed in _SEEDS.value]
-    launcher.setup_from_flags()
-    workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/tables/{table.name}/{scale}")
-    started = time.perf_counter()
     try:
-        results = collect(table, scale, seeds, workdir, run=not _REPORT.value)
+        if len(arguments) != 2:
+            raise ValueError(
+                "name one table, as in: experiments.table deepseek_r1/zero --scale=cpu"
+            )
+        table, scale = load(arguments[1]), _SCALE.value
+        if scale not in table.scales:
+            raise ValueError(
+                f"{table.name} has no runs at scale {scale!r}; it has {', '.join(table.scales)}"
+            )
+        if not all(seed.isdigit() for seed in _SEEDS.value):
+            raise ValueError(f"--seeds={','.join(_SEEDS.value)}: seeds are whole numbers")
+        seeds = sorted({int(seed) for seed in _SEEDS.value})
+        launcher.setup_from_flags()
+        workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/tables/{table.name}/{scale}")
+        results, origins = collect(table, scale, seeds, workdir, run=not _REPORT.value)
     except launcher.loop.Interrupted as stop:
         print(f"{stop}. The same command goes on from there.", file=sys.stderr)
         sys.exit(128 + int(stop.signum))
-    seconds = _total_seconds(workdir) or time.perf_counter() - started
+    except (ValueError, OSError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     verdicts = {claim.number: judge(claim, results) for claim in table.claims}
-    path = write(table, scale, results, verdicts, seconds, pathlib.Path(_OUT.value))
+    path = write(table, scale, results, verdicts, origins, pathlib.Path(_OUT.value))
     print(path.read_text())
     print(f"written to {path.with_suffix('')}.{{json,md,csv,tex,png}}")
 
 
-def _total_seconds(workdir: pathlib.Path) -> float:
-    return sum(
-        json.loads(path.read_text())["seconds"] for path in workdir.glob("*/seed*/result.json")
-    )
+def parse(arguments: list[str]) -> list[str]:
+    """absl's parsing of flags, those of the tables included."""
+    for paper in papers():
+        importlib.import_module(f"experiments.tables.{paper}")
+    return app.parse_flags_with_usage(arguments)
 
 
 def _number(value: Interval | float | str) -> str:
@@ -187,4 +209,4 @@ def _latex(header: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

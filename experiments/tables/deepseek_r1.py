@@ -31,6 +31,7 @@ from research.core import config as configs
 from research.core import loop, metrics
 from research.core.loop import LoopConfig
 from research.lm import checkpoints
+from research.lm.decoder import Decoder
 from research.rl import trainer as rl
 from research.rl.evaluation import Samples
 from research.rl.trainer import EvalConfig
@@ -41,6 +42,7 @@ _INIT_FROM = flags.DEFINE_string(
 _GSM8K = flags.DEFINE_list("gsm8k", [], "gpu scale: GSM8K's train and test .jsonl files.")
 
 STEPS = 150
+EVALUATED = 512  # held-out problems of GSM8K's 1,319
 ARMS = ("grpo", "dr_grpo", "random")
 
 
@@ -106,36 +108,53 @@ def _arm(
     }
 
 
-def _gpu(
-    arm: str, seed: int, directory: pathlib.Path, results: Mapping[str, Any]
-) -> dict[str, Any]:
-    del results
+def _gpu_config(seed: int) -> quickstart.Config:
+    """GSM8K as the quickstart's `zero`, which is what `Judge` reads."""
     if not _INIT_FROM.value or len(_GSM8K.value) != 2:
         raise ValueError("scale gpu needs --init_from=DIRECTORY and --gsm8k=TRAIN.jsonl,TEST.jsonl")
     config = configs.from_config_dict(rl.Config, zero_gsm8k.get_config())
     train, test = _GSM8K.value
-    config = dataclasses.replace(
+    zero = dataclasses.replace(
         config,
         seed=seed,
         init_from=_INIT_FROM.value,
         task=dataclasses.replace(config.task, train_file=train, test_file=test),
+        eval=EvalConfig(problems=128, samples=16),
     )
+    return quickstart.Config(
+        base=quickstart_config.config().base, zero=zero, problems=EVALUATED, samples=16
+    )
+
+
+def _gpu_base(seed: int, directory: pathlib.Path, results: Mapping[str, Any]) -> dict[str, Any]:
+    del directory, results
+    config = _gpu_config(seed)
+    model, params, tokenizer = checkpoints.load(config.zero.init_from)
+    model = Decoder(dataclasses.replace(model.config, dtype=config.zero.dtype))  # as the arms
+    figures, episodes = quickstart.Judge(config, model, tokenizer)(params)
+    return {"eval": figures, "problems": _per_problem(episodes.samples())}
+
+
+def _gpu(
+    arm: str, seed: int, directory: pathlib.Path, results: Mapping[str, Any]
+) -> dict[str, Any]:
+    del results
+    config = _gpu_config(seed)
+    zero = config.zero
     if arm == "dr_grpo":
-        loss = dataclasses.replace(config.loss, aggregation="drgrpo")
-        config = dataclasses.replace(config, loss=loss, advantage_scale="none")
+        loss = dataclasses.replace(zero.loss, aggregation="drgrpo")
+        zero = dataclasses.replace(zero, loss=loss, advantage_scale="none")
     elif arm == "random":
-        config = dataclasses.replace(config, reward=dataclasses.replace(config.reward, random=0.5))
-    trainer = rl.build(config, directory)
-    before = trainer.evaluate(trainer.init())
-    loop.run(trainer, config.loop, directory, fingerprint_of=config, name=arm)
+        zero = dataclasses.replace(zero, reward=dataclasses.replace(zero.reward, random=0.5))
+    trainer = rl.build(zero, directory)
+    params = loop.run(trainer, zero.loop, directory, fingerprint_of=zero, name=arm).params
+    model, _, tokenizer = checkpoints.load(directory)
+    figures, episodes = quickstart.Judge(config, model, tokenizer)(params)
     history = metrics.read(directory / "metrics.jsonl")
-    evaluations = [_evaluation(r) for r in history if "eval/pass@1" in r]
     return {
-        "before": before,
-        "eval": {
-            k.removeprefix("eval/"): v for k, v in history[-1].items() if k.startswith("eval/")
-        },
-        "evaluations": evaluations,
+        "eval": figures,
+        "problems": _per_problem(episodes.samples()),
+        "evaluations": [_evaluation(r) for r in history if "eval/pass@1" in r],
         "training": [_training(r) for r in history],
     }
 
@@ -301,12 +320,16 @@ def _figure(results: Results, path: pathlib.Path) -> None:
         "length/correct": "length of correct responses, tokens",
         "reflection/wait": 'share of responses with "wait"',
     }
-    arms = [arm for arm in ARMS if arm in results]
+    arms = [
+        arm
+        for arm in ARMS
+        if arm in results and results.get("base", {}).keys() >= results[arm].keys()
+    ]
 
     def curve(arm: str, seed: int, key: str) -> Sequence[tuple[float, float]]:
         run = results[arm][seed]
-        start = run.get("before") or results["base"][seed]["eval"]
-        return [(0, start[key])] + [(e["step"], e[key]) for e in run["evaluations"] if key in e]
+        points = [{"step": 0} | results["base"][seed]["eval"], *run["evaluations"]]
+        return [(point["step"], point[key]) for point in points if key in point]
 
     plots.curves(
         path,
@@ -326,7 +349,10 @@ ZERO = Table(
             Run("base", _base),
             *(Run(arm, functools.partial(_arm, arm), needs=("base",)) for arm in ARMS),
         ],
-        "gpu": [Run(arm, functools.partial(_gpu, arm)) for arm in ARMS],
+        "gpu": [
+            Run("base", _gpu_base),
+            *(Run(arm, functools.partial(_gpu, arm)) for arm in ARMS),
+        ],
     },
     claims=[
         Claim(

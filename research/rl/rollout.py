@@ -283,6 +283,8 @@ def rows_needed(
 
 def _check_size(task: Task, split: str, count: int) -> None:
     size = task.size(split)
+    if size == 0 < count:
+        task.problem(split, 0)  # raises an error that says what to give it
     if size is not None and size < count:
         raise ValueError(
             f"{task.name} has {size} {split} problems, {count} are asked for; ask for fewer, or give it a larger "

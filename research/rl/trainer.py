@@ -201,10 +201,7 @@ def build(
             model.config, dtype=config.dtype, remat=config.remat, scan_layers=config.scan_layers
         )
     )
-    run = _Run(config, pathlib.Path(workdir), model, params, tokenizer)
-    if jax.process_index() == 0:
-        checkpoints.describe(workdir, model, tokenizer)
-    return run.trainer()
+    return _Run(config, pathlib.Path(workdir), model, params, tokenizer).trainer()
 
 
 class _Run:
@@ -219,6 +216,7 @@ class _Run:
         tokenizer: Tokenizer,
     ):
         self.config, self.model, self.workdir = config, model, workdir
+        self.tokenizer = tokenizer
         self.initial_params = jax.device_get(params)  # device memory is for what trains
         self.mesh = meshes.make(config.mesh)
         self.task: Task = make_task(config.task)
@@ -295,6 +293,9 @@ class _Run:
         )
 
     def init(self) -> TrainState:
+        # Here and not in `build`: the loop has found that the directory is not another run's.
+        if jax.process_index() == 0:
+            checkpoints.describe(self.workdir, self.model, self.tokenizer)
         everywhere = sharding.replicated(self.mesh)
 
         def fresh(tree):  # with buffers of their own: the step donates the state
