@@ -127,17 +127,21 @@ def missing(*packages: str) -> str:
     return f"not run: {', '.join(absent)} not installed" if absent else ""
 
 
+def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows, ready for JSON."""
+    return [dataclasses.asdict(r) | {"reached": r.reached} for r in rows]
+
+
 def write(path: str | pathlib.Path, rows: Sequence[Row]) -> None:
     """{"rows": …, "provenance": …} as JSON."""
-    records = [dataclasses.asdict(r) | {"reached": r.reached} for r in rows]
-    content = {"rows": records, "provenance": provenance.describe()}
+    content = {"rows": records(rows), "provenance": provenance.describe()}
     pathlib.Path(path).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read(path: str | pathlib.Path) -> list[Row]:
     """The rows that `write` wrote."""
-    records = json.loads(pathlib.Path(path).read_text())["rows"]
-    return [Row(**{k: v for k, v in record.items() if k != "reached"}) for record in records]
+    found = json.loads(pathlib.Path(path).read_text())["rows"]
+    return [Row(**{k: v for k, v in record.items() if k != "reached"}) for record in found]
 
 
 def table(rows: Sequence[Row]) -> str:
