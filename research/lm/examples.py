@@ -20,11 +20,11 @@ class Tokenize:
 
     A pair ({'prompt', 'response'}) is learned on the response and the end token after it. Prompt
     and response are tokenized apart, as in sampling, where the prompt stands before a response
-    exists; a plain prompt has the begin token the model was published with. With `chat`, the prompt (a string, or a list of
-    messages) goes through the tokenizer's chat template up to where the assistant begins; the
-    response follows as it is, never through the template, because published templates drop the
-    reasoning of an assistant's turn. Should the template have opened a <think> that the response
-    opens too, it is opened once.
+    exists; a plain prompt has the begin token the model was published with. With `chat`, the prompt
+    (a string, or a list of messages) goes through the tokenizer's chat template up to where the
+    assistant begins; the response follows as it is, never through the template, because published
+    templates drop the reasoning of an assistant's turn. Should the template have opened a <think>
+    that the response opens too, it is opened once.
 
     Raises ValueError for a tokenizer without end token, and as the tokenizer does.
     """
