@@ -11,6 +11,7 @@ prompt depends on the seed and its place alone, not on the batch.
 
 import itertools
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -204,6 +205,7 @@ def run_from_flags() -> None:
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unknown arguments {arguments[1:]}; prompts are --prompt='...'")
+    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells its life there
     meshes.force_cpu_devices(min(2, os.cpu_count() or 1))
     try:
         run_from_flags()

@@ -299,11 +299,13 @@ def _within_difficulty(problems: Mapping[str, Sequence[float]]) -> float:
         chosen = difficulty == level
         if np.ptp(rate[chosen]) > 0 and np.ptp(length[chosen]) > 0:
             values.append(_rank_correlation(rate[chosen], length[chosen]))
-    return float(np.mean(values))
+    return float(np.mean(values)) if values else 0.0
 
 
 def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation, ties at their mean rank."""
+    """Spearman's rank correlation, ties at their mean rank; 0 if one side does not vary."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
 
     def ranks(values):
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)

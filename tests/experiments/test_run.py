@@ -307,7 +307,7 @@ def test_gsm8k_from_end_to_end(place, tmp_path):
     text = finish(
         start("experiments.generate", f"--run={workdir}", "--prompt=Ann has", "--max_new_tokens=5")
     )
-    assert text.startswith("=== prompt 0, sample 0, ")
+    assert text.startswith("=== prompt 0, sample 0, ") and "checkpoint_handler" not in text
 
     model, params, tokenizer = checkpoints.load(workdir)
     hf.save(tmp_path / "published", model, params, "qwen2", tokenizer=tokenizer)

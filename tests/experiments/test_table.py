@@ -13,6 +13,7 @@ from experiments import run as launcher
 from experiments import table as reproducer
 from experiments.tables.base import Claim, Interval, Run, Table, Verdict, over_seeds, verdict
 from research.core import loop
+from research.lm.hf import tiny
 
 
 def better(arm):
@@ -242,6 +243,18 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, arguments, values,
     assert re.search(message, line)
 
 
+def test_rank_correlations():
+    """Against Spearman's formula 1 - 6 sum d^2 / (n (n^2 - 1)), and ties worked out by hand."""
+    correlate = MODULES["deepseek_r1"]._rank_correlation
+    rng = np.random.default_rng(0)
+    x, y = rng.permutation(20), rng.permutation(20)
+    expected = 1 - 6 * ((x - y) ** 2).sum() / (20 * (400 - 1))
+    assert correlate(np.exp(x), y**3) == pytest.approx(expected)
+    # Ranks 1.5, 1.5, 3 and 1, 2, 3.
+    assert correlate(np.array([5, 5, 9]), np.array([1, 2, 3])) == pytest.approx(1.5 / 3**0.5)
+    assert correlate(np.zeros(3), np.arange(3)) == 0.0
+
+
 def test_every_paper_s_tables_are_whole():
     """Claims name runs that some scale has; numbers are unique; the paper's figures are cited."""
     for paper in reproducer.papers():
@@ -256,3 +269,37 @@ def test_every_paper_s_tables_are_whole():
                     assert set(row.needs) <= set(names[: names.index(row.name)])
                 assert {need for c in table.claims for need in c.needs} <= set(names)
             assert all(any(ch.isdigit() for ch in c.paper) and c.rule for c in table.claims)
+
+
+@pytest.mark.slow
+def test_the_gpu_scale_on_a_tiny_model(tmp_path, monkeypatch):
+    """One seed of GSM8K's rows, with every limit lowered; each claim finds what it reads, or says so."""
+    module = MODULES["deepseek_r1"]
+    rows = [
+        json.dumps({"question": f"{i} figs and {j} more?", "answer": f"#### {i + j}"})
+        for i in range(12)
+        for j in range(12)
+    ]
+    for name, part in (("train", rows[:16]), ("test", rows[16:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
+    hf_directory = tiny.write(tmp_path / "hf", hidden_size=32, num_layers=1)
+    config = module.zero_gsm8k.get_config("tiny")
+    config.mesh, config.loop.steps = "data=2", 1
+    config.rollout.max_prompt, config.rollout.max_new_tokens = 300, 8
+    monkeypatch.setattr(module.zero_gsm8k, "get_config", lambda: config)
+    monkeypatch.setattr(module, "EVALUATED", 8)
+    table = module.TABLES["zero"]
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("train", "test")]
+    with flagsaver.flagsaver(init_from=str(hf_directory), gsm8k=files):
+        results, _ = reproducer.collect(table, "gpu", [0], tmp_path / "runs", run=True)
+    assert set(results) == {"base", *module.ARMS}
+    verdicts = {c.number: reproducer.judge(c, results) for c in table.claims}
+    assert {n: v.status for n, v in verdicts.items()} == {
+        "1": "not resolved",
+        "2": "not run",  # no response was right, so there is no length of right ones
+        "3": "not run",
+        "13": "not resolved",
+    }
+    assert verdicts["3"].numbers == {"missing": "the figure 'without_wait'"}
+    path = reproducer.write(table, "gpu", results, verdicts, [], tmp_path / "out")
+    assert path.with_suffix(".png").stat().st_size > 10_000

@@ -50,7 +50,7 @@ def get_config(arg: str = ""):
             remat="none",
             scan_layers=False,
             rollout=RolloutConfig(
-                prompts=4, group_size=4, max_prompt=1024, max_new_tokens=32, template=zero.TEMPLATE
+                prompts=4, group_size=4, max_prompt=1280, max_new_tokens=32, template=zero.TEMPLATE
             ),
             micro_rows=1,
             eval=EvalConfig(problems=4, samples=2),
