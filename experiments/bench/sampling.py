@@ -22,21 +22,21 @@ from experiments.bench.study import STUDY
 from research.core import mesh as meshes
 from research.core import provenance
 from research.lm import hf
-from research.lm.decoder import Decoder, unstack
+from research.lm.decoder import Decoder
 from research.lm.sampler import Sampler, Sampling
 
 PROMPT, NEW = 16, 64
 
 
-def ours(params, batch: int):
+def ours(params, batch: int, slots: int):
     """A function that samples `batch` completions and returns their tokens [batch, NEW]."""
     mesh = meshes.make("data=2") if batch >= 32 and jax.device_count() >= 2 else None
-    sampler = Sampler(STUDY, slots=batch, max_prompt=PROMPT, max_new_tokens=NEW, mesh=mesh)
-    layers = unstack(params)
-    if mesh is not None:
-        layers = jax.device_put(layers, jax.NamedSharding(mesh, jax.P()))
+    sampler = Sampler(
+        STUDY, slots=min(batch, slots), max_prompt=PROMPT, max_new_tokens=NEW, mesh=mesh
+    )
+    weights = sampler.prepare(params)
     return lambda prompts, seed: sampler(
-        layers, list(prompts), jax.random.key(seed), Sampling(NEW)
+        weights, list(prompts), jax.random.key(seed), Sampling(NEW)
     ).tokens
 
 
@@ -79,6 +79,7 @@ def seconds(sample, prompts, seed) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", default="1,32,256")
+    parser.add_argument("--slots", type=int, default=256, help="rows decoded side by side, at most")
     parser.add_argument("--repeats", type=int, default=7, help="rounds per batch size")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures")
     args = parser.parse_args()
@@ -94,7 +95,7 @@ def main():
     print(f"{'batch':>6} {'transformers tok/s':>19} {'ours tok/s':>12} {'ratio':>7}")
     for batch in map(int, args.batches.split(",")):
         prompts = np.random.default_rng(batch).integers(0, STUDY.vocab_size, (batch, PROMPT))
-        own = ours(params, batch)
+        own = ours(params, batch, args.slots)
         for sample in (own, rival):  # compile, warm up
             seconds(sample, prompts, 0)
         pairs = []

@@ -18,18 +18,18 @@ class Cache(flax.struct.PyTreeNode):
     whatever the ages of its rows: `positions` says which token of its row a slot holds.
     """
 
-    layers: tuple[tuple[jax.Array, jax.Array], ...]  # per layer k [B, N, K, S] and v [B, N, S, K]
+    layers: tuple[tuple[jax.Array, jax.Array], ...]  # per layer k [B N, K, S] and v [B N, S, K]
     positions: jax.Array  # [B, S] int32, -1 = empty
     index: jax.Array  # int32 scalar: tokens written so far; the next goes to slot index % S
 
     @classmethod
     def empty(cls, config: DecoderConfig, batch: int, length: int) -> "Cache":
-        rows, K = (batch, config.num_kv_heads), config.head_dim
+        rows, K = batch * config.num_kv_heads, config.head_dim
         return cls(
             layers=tuple(
                 (
-                    jnp.zeros((*rows, K, length), config.dtype),
-                    jnp.zeros((*rows, length, K), config.dtype),
+                    jnp.zeros((rows, K, length), config.dtype),
+                    jnp.zeros((rows, length, K), config.dtype),
                 )
                 for _ in range(config.num_layers)
             ),
@@ -70,13 +70,12 @@ class Attention(nn.Module):
         if cache is None:
             y_BTNGK = attention(q_BTNGK, k_BTNK, v_BTNK, bias_BTS)
         else:
-            k_BNKS, v_BNSK = cache
-            k_BNKS = jax.lax.dynamic_update_slice(
-                k_BNKS, k_BTNK.transpose(0, 2, 3, 1), (0, 0, 0, slot)
-            )
-            v_BNSK = jax.lax.dynamic_update_slice(v_BNSK, v_BTNK.swapaxes(1, 2), (0, 0, slot, 0))
-            cache = (k_BNKS, v_BNSK)
-            y_BTNGK = _from_rows(_attend(_to_rows(q_BTNGK), *cache, bias_BTS)[0], T)
+            k_MKT = k_BTNK.transpose(0, 2, 3, 1).reshape(B * N, K, T)
+            v_MTK = v_BTNK.swapaxes(1, 2).reshape(B * N, T, K)
+            k_MKS = jax.lax.dynamic_update_slice(cache[0], k_MKT, (0, 0, slot))
+            v_MSK = jax.lax.dynamic_update_slice(cache[1], v_MTK, (0, slot, 0))
+            cache = (k_MKS, v_MSK)
+            y_BTNGK = _from_rows(_attend(_to_rows(q_BTNGK), *cache, bias_BTS)[0], B, T)
         out_NGKD, _ = Kernel(c, (N, G, K, D), name="o")()
         return dense(y_BTNGK.reshape(B, T, -1), out_NGKD.reshape(-1, D)), cache
 
@@ -92,62 +91,69 @@ def attention(q_BTNGK, k_BTNK, v_BTNK, bias_BTS):
 
 
 def _attention(q_BTNGK, k_BTNK, v_BTNK, bias_BTS):
-    q_BNRK, T = _to_rows(q_BTNGK), q_BTNGK.shape[1]
-    k_BNKS, v_BNSK = k_BTNK.transpose(0, 2, 3, 1), v_BTNK.swapaxes(1, 2)
-    y_BNRK, exp_BNRS, sum_BNR1 = _attend(q_BNRK, k_BNKS, v_BNSK, bias_BTS)
-    return _from_rows(y_BNRK, T), (q_BTNGK, k_BNKS, v_BNSK, y_BNRK, exp_BNRS, sum_BNR1)
+    B, T, N, _, K = q_BTNGK.shape
+    k_MKS = k_BTNK.transpose(0, 2, 3, 1).reshape(B * N, K, T)
+    v_MSK = v_BTNK.swapaxes(1, 2).reshape(B * N, T, K)
+    y_MRK, exp_MRS, sum_MR1 = _attend(_to_rows(q_BTNGK), k_MKS, v_MSK, bias_BTS)
+    return _from_rows(y_MRK, B, T), (q_BTNGK, k_MKS, v_MSK, y_MRK, exp_MRS, sum_MR1)
 
 
 def _attention_gradient(saved, dy_BTNGK):
-    q_BTNGK, k_BNKS, v_BNSK, y_BNRK, exp_BNRS, sum_BNR1 = saved
-    T, K = q_BTNGK.shape[1], q_BTNGK.shape[-1]
+    q_BTNGK, k_MKS, v_MSK, y_MRK, exp_MRS, sum_MR1 = saved
+    B, T, N, _, K = q_BTNGK.shape
     scale = K**-0.5
-    dy_BNRK = _to_rows(dy_BTNGK) / sum_BNR1
-    dy_BNKR = _to_columns(dy_BTNGK) / sum_BNR1.swapaxes(2, 3)
-    dv_BNKS = _product(dy_BNKR.astype(exp_BNRS.dtype), exp_BNRS)
-    delta_BNR1 = jnp.sum(dy_BNRK * y_BNRK, axis=-1, keepdims=True)
-    dp_BNRS = _product(dy_BNRK.astype(v_BNSK.dtype), v_BNSK, transposed=True)
-    ds_BNRS = (exp_BNRS * (dp_BNRS - delta_BNR1)).astype(v_BNSK.dtype)
-    dq_BNRK = _product(ds_BNRS, k_BNKS, transposed=True) * scale
-    dk_BNKS = _product(_to_columns(q_BTNGK) * scale, ds_BNRS)
-    dq, dk, dv = _from_rows(dq_BNRK, T), dk_BNKS.transpose(0, 3, 1, 2), dv_BNKS.transpose(0, 3, 1, 2)
-    return *(d.astype(q_BTNGK.dtype) for d in (dq, dk, dv)), None
+    dy_MRK = _to_rows(dy_BTNGK) / sum_MR1
+    dy_MKR = _to_columns(dy_BTNGK) / sum_MR1.swapaxes(1, 2)
+    dv_MKS = _product(dy_MKR.astype(exp_MRS.dtype), exp_MRS)
+    delta_MR1 = jnp.sum(dy_MRK * y_MRK, axis=-1, keepdims=True)
+    dp_MRS = _product(dy_MRK.astype(v_MSK.dtype), v_MSK, transposed=True)
+    ds_MRS = (exp_MRS * (dp_MRS - delta_MR1)).astype(v_MSK.dtype)
+    dq_MRK = _product(ds_MRS, k_MKS, transposed=True) * scale
+    dk_MKS = _product(_to_columns(q_BTNGK) * scale, ds_MRS)
+    dk, dv = (x.reshape(B, N, K, T).transpose(0, 3, 1, 2) for x in (dk_MKS, dv_MKS))
+    return *(d.astype(q_BTNGK.dtype) for d in (_from_rows(dq_MRK, B, T), dk, dv)), None
 
 
 attention.defvjp(_attention, _attention_gradient)
 
 
-def _attend(q_BNRK, k_BNKS, v_BNSK, bias_BTS):
-    """Output, and the softmax's exponentials and their sums; R = G T rows, T fastest."""
-    B, N, R, K = q_BNRK.shape
-    T, S = bias_BTS.shape[1:]
-    scores = _product(q_BNRK, k_BNKS).reshape(B, N, R // T, T, S) * K**-0.5
-    scores += bias_BTS[:, None, None]
-    exp = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)).reshape(B, N, R, S)
-    sum_BNR1 = jnp.sum(exp, axis=-1, keepdims=True)
-    exp = exp.astype(v_BNSK.dtype)
-    return (_product(exp, v_BNSK) / sum_BNR1).astype(v_BNSK.dtype), exp, sum_BNR1
+def _attend(q_MRK, k_MKS, v_MSK, bias_BTS):
+    """Output, and the softmax's exponentials and their sums; M = B N, R = G T with T fastest.
+
+    One batch axis, as in the cache: with two, of which one is 1, XLA would copy the cache.
+    """
+    M, R, K = q_MRK.shape
+    B, T, S = bias_BTS.shape
+    if B == 1:  # the same for all rows
+        scores = _product(q_MRK, k_MKS).reshape(M, R // T, T, S) * K**-0.5 + bias_BTS
+    else:
+        scores = _product(q_MRK, k_MKS).reshape(B, -1, T, S) * K**-0.5 + bias_BTS[:, None]
+    scores = scores.reshape(M, R, S)
+    exp_MRS = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    sum_MR1 = jnp.sum(exp_MRS, axis=-1, keepdims=True)
+    exp_MRS = exp_MRS.astype(v_MSK.dtype)
+    return (_product(exp_MRS, v_MSK) / sum_MR1).astype(v_MSK.dtype), exp_MRS, sum_MR1
 
 
 def _product(a, b, transposed=False):
     """Batched a @ b, or a @ b^T, into float32."""
-    dims = (((3,), (3 if transposed else 2,)), ((0, 1), (0, 1)))
+    dims = (((2,), (2 if transposed else 1,)), ((0,), (0,)))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
 def _to_rows(x_BTNGK):
     B, T, N, G, K = x_BTNGK.shape
-    return x_BTNGK.transpose(0, 2, 3, 1, 4).reshape(B, N, G * T, K)
+    return x_BTNGK.transpose(0, 2, 3, 1, 4).reshape(B * N, G * T, K)
 
 
 def _to_columns(x_BTNGK):
     B, T, N, G, K = x_BTNGK.shape
-    return x_BTNGK.transpose(0, 2, 4, 3, 1).reshape(B, N, K, G * T)
+    return x_BTNGK.transpose(0, 2, 4, 3, 1).reshape(B * N, K, G * T)
 
 
-def _from_rows(x_BNRK, T):
-    B, N, R, K = x_BNRK.shape
-    return x_BNRK.reshape(B, N, R // T, T, K).transpose(0, 3, 1, 2, 4)
+def _from_rows(x_MRK, B, T):
+    M, R, K = x_MRK.shape
+    return x_MRK.reshape(B, M // B, R // T, T, K).transpose(0, 3, 1, 2, 4)
 
 
 def segment_positions(segment_ids_BT) -> jax.Array:

@@ -35,7 +35,7 @@ class Slots(flax.struct.PyTreeNode):
 class Prefix(flax.struct.PyTreeNode):
     """Prompts after prefill, each ending at the last place of its bucket."""
 
-    layers: tuple[tuple[jax.Array, jax.Array], ...]  # k [n, N, K, T], v [n, N, T, K]
+    layers: tuple[tuple[jax.Array, jax.Array], ...]  # k [n N, K, T], v [n N, T, K]
     positions: jax.Array  # [n, T]
     logits: jax.Array  # [n, V], of the token to come
 
@@ -84,7 +84,7 @@ def prefill(model: Decoder, weights: Weights, tokens, lengths) -> Prefix:
     if rows == n:
         return run((tokens, lengths))
     batches = tokens.reshape(-1, rows, T), lengths.reshape(-1, rows)
-    return jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), jax.lax.map(run, batches))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(run, batches))
 
 
 def start(history, prefix, seats, policy, key, *, ring, head) -> Slots:
@@ -92,7 +92,12 @@ def start(history, prefix, seats, policy, key, *, ring, head) -> Slots:
     B = seats.shape[1]
     zeros = lambda dtype, *shape: jnp.zeros(shape, dtype)  # noqa: E731
     source = jnp.maximum(seats[0], 0)
-    layers, positions = jax.tree.map(lambda x: x[source], _laid(prefix, ring, head))
+    number = prefix.positions.shape[0]
+
+    def take(x):  # all heads of a row together
+        return x.reshape(number, -1, *x.shape[1:])[source].reshape(-1, *x.shape[1:])
+
+    layers, positions = jax.tree.map(take, _laid(prefix, ring, head))
     slots = Slots(
         cache=Cache(layers, positions, jnp.full((1,), head, jnp.int32)),
         token=zeros(jnp.int32, B),
@@ -119,10 +124,16 @@ def insert(slots, prefix, seats, policy, key) -> Slots:
     new = seats[0] >= 0
     rows = jnp.argsort(~new)  # the new ones first
 
+    B = new.size
+
     def copy(i, old):
         row = rows[i]
-        take = lambda x: jax.lax.dynamic_slice_in_dim(x, seats[0, row], 1)  # noqa: E731
-        put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, take(y), row, 0)  # noqa: E731
+
+        def put(x, y):
+            heads = x.shape[0] // B
+            y = jax.lax.dynamic_slice_in_dim(y, seats[0, row] * heads, heads)
+            return jax.lax.dynamic_update_slice_in_dim(x, y, row * heads, 0)
+
         return jax.tree.map(put, old, laid)
 
     layers, positions = jax.lax.fori_loop(
