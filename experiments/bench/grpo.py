@@ -128,7 +128,7 @@ class Ours:
                 max_new_tokens=setting.new_tokens,
             ),
             loss=LossConfig(aggregation="grpo", kl_coef=0.0),
-            micro_rows=min(8, setting.responses // setting.devices),
+            micro_rows=min(4, setting.responses // setting.devices),
             optim=OptimConfig(name="adamw", lr=LEARNING_RATE, clip_norm=CLIP_NORM),
             eval=rl.EvalConfig(problems=0),
             save_samples_every=0,
