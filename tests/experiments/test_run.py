@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -99,7 +100,7 @@ MISTAKES = {  # what is given besides the right flags → what is said
     "--config.task.name=gsm": "error: no task 'gsm'; did you mean 'gsm8k'?",
     "--config.eval.problems=9": "error: gsm8k has 6 test problems, 9 are asked for",
     "--config.rollout.max_prompt=200": "train problem gsm8k/train/. has a prompt of 2.. tokens, and",
-    "--config.rollout.max_new_tokens=5000": "error: .* is 6024 tokens, .* context is 4096",
+    "--config.rollout.max_new_tokens=5000": "error: .* is 6280 tokens, .* context is 4096",
     "--config.mesh=data=16": "error: .*needs 16 devices, there are 8",
     "--config.loop.steps=-1": "steps must be at least 0",
 }
@@ -274,6 +275,29 @@ def test_a_stopped_run_goes_on_exactly(place, tmp_path):
 
 def load(workdir):
     return checkpoint.load_params(workdir)["embed"]["embedding"]
+
+
+@pytest.mark.slow
+def test_two_processes_by_flags(place, tmp_path):
+    """Started, and started again for more steps; the test of the trainer compares the numbers."""
+    for steps in (1, 2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        given = arguments(
+            place, *SMALL, f"--config.loop.steps={steps}", f"--workdir={tmp_path}/run"
+        )
+        given += ["--num_processes=2", f"--coordinator={address}", "--cpu_devices=1"]
+        both = [start("experiments.run", *given, f"--process_id={i}") for i in range(2)]
+        try:
+            for process in both:
+                finish(process)
+        finally:
+            for process in both:
+                process.kill()
+    lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["processes"] == 2
 
 
 @pytest.mark.slow
