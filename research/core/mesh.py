@@ -4,6 +4,7 @@ Every mesh here has Auto axis types, so that models need no sharding annotations
 decides where arrays lie, the compiler (or an explicit `jax.shard_map`) does the rest.
 """
 
+import ctypes
 import math
 from collections.abc import Mapping, Sequence
 
@@ -60,9 +61,26 @@ def force_cpu_devices(count: int) -> None:
 
     It also makes dispatch synchronous: with it asynchronous, two programs with collectives can be
     in flight at once and, with fewer cores than devices, wait for each other's threads for ever.
+    And it keeps freed memory in the process, see `keep_freed_memory`.
     """
+    keep_freed_memory()
     jax.config.update("jax_num_cpu_devices", count)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc not to return freed memory to the kernel; False where there is no glibc.
+
+    Otherwise the temporaries of every program cost their page faults again: with them a small model
+    samples 8 % slower, and trains 10 % slower.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # <malloc.h>
+    settings = {trim_threshold: 2**30, top_pad: 2**26, mmap_threshold: 2**25}  # the last: its maximum
+    return all([mallopt(name, value) for name, value in settings.items()])
 
 
 def parse(text: str) -> dict[str, int]:
