@@ -210,6 +210,7 @@ class _Run:
     def __init__(self, sampler, weights, prompts, prompt_ids, num_samples, key, policy, sampling):
         self.sampler, self.weights, self.key, self.policy = sampler, weights, key, policy
         self.limit, self.can_stop = sampling.max_new_tokens, bool(sampling.stop_ids)
+        self.num_samples = num_samples
         self.prompts, self.lengths = prompts, np.asarray([p.size for p in prompts], np.int64)
         self.prompt_ids = prompt_ids.astype(np.uint32).view(np.int32)
         first = {}
@@ -290,7 +291,9 @@ class _Run:
         )
         for bucket in sampler.buckets:
             fits = np.asarray([self._bucket(self.lengths[p]) == bucket for _, p in lacking], bool)
-            lists = [lacking[fits & (lacking[:, 0] == d), 1] for d in range(sampler.shards)]
+            lists = [list(lacking[fits & (lacking[:, 0] == d), 1]) for d in range(sampler.shards)]
+            if any(lists) and self.num_samples >= sampler.shards:  # every shard may need any prompt
+                lists = [self._with_next(shard, some, bucket) for shard, some in enumerate(lists)]
             while longest := max(map(len, lists)):
                 size = next((n for n in sampler.prefill_sizes if n >= longest), sampler.rows)
                 tokens = np.zeros((sampler.shards, size, bucket), np.int32)
@@ -303,6 +306,17 @@ class _Run:
                 lists = [some[size:] for some in lists]
                 tokens, lengths = tokens.reshape(-1, bucket), lengths.reshape(-1)
                 self.prefixes.append(sampler._prefill(self.weights, tokens, lengths))
+
+    def _with_next(self, shard, some, bucket):
+        """`some` prompts and as many that will be needed next as are run together at no loss."""
+        number = min(self.sampler.rows, programs.rows_together(bucket))
+        waiting = self.prompt_of[self.next : self.next + number * self.num_samples]
+        for p in dict.fromkeys(waiting.tolist()):
+            if len(some) >= number:
+                break
+            if self.prefix_of[shard, p, 0] < 0 and self._bucket(self.lengths[p]) == bucket:
+                some = some if p in some else [*some, p]
+        return some
 
     def _decode(self):
         """Runs until somebody may have finished, or the ring must grow."""

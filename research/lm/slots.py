@@ -14,8 +14,6 @@ from research.lm.config import DecoderConfig
 from research.lm.decoder import Decoder, head_kernel, unstack
 from research.lm.sampling import draw, uniform
 
-PREFILL_TOKENS = {"cpu": 512}  # run together; on CPUs what keeps activations in a core's cache
-
 
 class Slots(flax.struct.PyTreeNode):
     """The device's state: a row per slot, and one cache with its clock per shard."""
@@ -57,11 +55,16 @@ def prepare(config: DecoderConfig, params) -> Weights:
     return Weights(params)
 
 
+def rows_together(length: int) -> int:
+    """Prompts of this length that prefill runs at a time; on CPUs, their activations stay in cache."""
+    return max(1, (512 if jax.default_backend() == "cpu" else 16384) // length)
+
+
 def prefill(model: Decoder, weights: Weights, tokens, lengths) -> Prefix:
     """Runs prompts int32 `[n, T]`, each in the last `lengths` places of its row."""
     n, T = tokens.shape
-    params, together = weights.params, PREFILL_TOKENS.get(jax.default_backend(), 16384)
-    rows = max(r for r in range(1, n + 1) if n % r == 0 and r <= max(1, together // T))
+    params = weights.params
+    rows = max(r for r in range(1, n + 1) if n % r == 0 and r <= rows_together(T))
 
     def run(batch):
         tokens, lengths = batch
@@ -92,12 +95,12 @@ def start(history, prefix, seats, policy, key, *, ring, head) -> Slots:
     B = seats.shape[1]
     zeros = lambda dtype, *shape: jnp.zeros(shape, dtype)  # noqa: E731
     source = jnp.maximum(seats[0], 0)
-    number = prefix.positions.shape[0]
 
     def take(x):  # all heads of a row together
-        return x.reshape(number, -1, *x.shape[1:])[source].reshape(-1, *x.shape[1:])
+        return x.reshape(len(prefix.positions), -1, *x.shape[1:])[source].reshape(-1, *x.shape[1:])
 
-    layers, positions = jax.tree.map(take, _laid(prefix, ring, head))
+    prompts = jax.tree.map(take, (prefix.layers, prefix.positions))
+    layers, positions = _laid(*prompts, ring, head)
     slots = Slots(
         cache=Cache(layers, positions, jnp.full((1,), head, jnp.int32)),
         token=zeros(jnp.int32, B),
@@ -119,22 +122,22 @@ def insert(slots, prefix, seats, policy, key) -> Slots:
     seats: int32 `[4, B]`: the prompt's row in `prefix` (-1: nobody new), its length, the prompt's id
     (the bits of a uint32) and the sample's number.
     """
-    cache = slots.cache
-    laid = _laid(prefix, cache.positions.shape[1], cache.index[0])
-    new = seats[0] >= 0
+    cache, new = slots.cache, seats[0] >= 0
+    ring, head = cache.positions.shape[1], cache.index[0]
     rows = jnp.argsort(~new)  # the new ones first
-
-    B = new.size
 
     def copy(i, old):
         row = rows[i]
 
-        def put(x, y):
-            heads = x.shape[0] // B
-            y = jax.lax.dynamic_slice_in_dim(y, seats[0, row] * heads, heads)
-            return jax.lax.dynamic_update_slice_in_dim(x, y, row * heads, 0)
+        def take(x):  # all heads of a row together
+            heads = x.shape[0] // prefix.positions.shape[0]
+            return jax.lax.dynamic_slice_in_dim(x, seats[0, row] * heads, heads)
 
-        return jax.tree.map(put, old, laid)
+        def put(x, y):
+            return jax.lax.dynamic_update_slice_in_dim(x, y, row * y.shape[0], 0)
+
+        one = jax.tree.map(take, (prefix.layers, prefix.positions))
+        return jax.tree.map(put, old, _laid(*one, ring, head))
 
     layers, positions = jax.lax.fori_loop(
         0, jnp.sum(new), copy, (cache.layers, cache.positions)
@@ -143,16 +146,15 @@ def insert(slots, prefix, seats, policy, key) -> Slots:
     return _seat(slots, prefix, seats, policy, key)
 
 
-def _laid(prefix, ring, head):
-    """Its layers and positions, padded to the ring's length and turned to end just before `head`."""
-    T = prefix.positions.shape[1]
+def _laid(layers, positions, ring, head):
+    """Keys, values and positions padded to the ring's length and turned to end just before `head`."""
+    T = positions.shape[1]
 
     def lay(x, axis, fill=0):
         width = [(0, ring - T if a == axis % x.ndim else 0) for a in range(x.ndim)]
         return jnp.roll(jnp.pad(x, width, constant_values=fill), head - T, axis)
 
-    layers = tuple((lay(k, -1), lay(v, -2)) for k, v in prefix.layers)
-    return layers, lay(prefix.positions, -1, -1)
+    return tuple((lay(k, -1), lay(v, -2)) for k, v in layers), lay(positions, -1, -1)
 
 
 def _seat(slots, prefix, seats, policy, key) -> Slots:
