@@ -28,7 +28,7 @@ class OptimConfig:
     schedule: Literal["constant", "cosine", "wsd", "piecewise"] = "constant"
     warmup_steps: int = 0  # linear, for every schedule
     final_fraction: float = 0.0  # cosine, wsd: the rate at the end, as a share of the peak
-    decay_steps: int = 0  # wsd: length of the final linear decay
+    decay_steps: int = 0  # length of the final decay: linear in wsd, exponential in piecewise
     boundaries: tuple[int, ...] = ()  # piecewise: from this update on …
     factors: tuple[float, ...] = ()  # … the rate is lr times this
 
@@ -71,7 +71,10 @@ def schedule(config: OptimConfig, total_steps: int) -> Callable[[jax.Array], jax
     - constant: lr.
     - cosine: lr (f + (1 - f) (1 + cos(π x)) / 2), x = (t - W) / (total - W).
     - wsd (warm-up, stable, decay): lr until total - decay_steps, then linearly to f lr at `total`.
-    - piecewise: lr times factors[i] from boundaries[i] on.
+    - piecewise: lr times factors[i] from boundaries[i] on. With decay_steps, the last factor is
+      approached exponentially: from f' = factors[-2] (1 if there is one factor alone) the rate
+      falls as lr f' (factors[-1] / f')^x, x = min(1, (t - boundaries[-1]) / decay_steps), and
+      stays there. This is MiniMax-01's schedule (section 4.2); it does not depend on the total.
     """
     warmup, decay = config.warmup_steps, config.decay_steps
     if total_steps < 1 or warmup < 0:
@@ -90,6 +93,11 @@ def schedule(config: OptimConfig, total_steps: int) -> Callable[[jax.Array], jax
             raise ValueError("optim: schedule 'piecewise' needs as many factors as boundaries")
         if any(b <= a for a, b in zip(config.boundaries, config.boundaries[1:], strict=False)):
             raise ValueError(f"optim: boundaries {config.boundaries} must increase")
+        if decay < 0 or (decay and min((1.0, *config.factors)[-2:]) <= 0):
+            raise ValueError(
+                f"optim: an exponential decay (decay_steps={decay}) needs positive factors at its "
+                f"two ends, got {config.factors}"
+            )
 
     def share(t: jax.Array) -> jax.Array:
         if config.schedule == "cosine":
@@ -103,7 +111,11 @@ def schedule(config: OptimConfig, total_steps: int) -> Callable[[jax.Array], jax
         if config.schedule == "piecewise":
             factors = jnp.asarray((1.0, *config.factors), jnp.float32)
             passed = jnp.sum(t >= jnp.asarray(config.boundaries, jnp.float32))
-            return factors[passed]
+            if not decay:
+                return factors[passed]
+            x = jnp.clip((t - config.boundaries[-1]) / decay, 0.0, 1.0)
+            falling = factors[-2] * (factors[-1] / factors[-2]) ** x
+            return jnp.where(passed == len(config.boundaries), falling, factors[passed])
         return jnp.ones((), jnp.float32)
 
     def rate(count: jax.Array) -> jax.Array:

@@ -115,7 +115,10 @@ def oracle(config, total, t):
     else:
         share = 1.0
         for boundary, factor in zip(config.boundaries, config.factors, strict=True):
-            if t >= boundary:
+            if t >= boundary and boundary == config.boundaries[-1] and config.decay_steps:
+                x = min(1.0, (t - boundary) / config.decay_steps)
+                share = np.exp((1 - x) * np.log(share) + x * np.log(factor))
+            elif t >= boundary:
                 share = factor
     return config.lr * warm * share
 
@@ -129,8 +132,12 @@ def oracle(config, total, t):
         OptimConfig(lr=3e-4, schedule="wsd", warmup_steps=7, decay_steps=10, final_fraction=0.05),
         OptimConfig(lr=3e-4, schedule="piecewise", warmup_steps=3, boundaries=(10, 20, 21),
                     factors=(0.5, 0.1, 0.02)),
+        OptimConfig(lr=2e-4, schedule="piecewise", warmup_steps=5, boundaries=(20, 30),
+                    factors=(0.65, 0.15), decay_steps=8),
+        OptimConfig(lr=2e-4, schedule="piecewise", boundaries=(12,), factors=(0.1,),
+                    decay_steps=40),
     ],
-    ids=lambda c: f"{c.schedule}-{c.warmup_steps}",
+    ids=lambda c: f"{c.schedule}-{c.warmup_steps}-{c.decay_steps}",
 )
 def test_schedules_equal_their_formulas(config):
     total = 40
@@ -148,6 +155,8 @@ def test_schedules_equal_their_formulas(config):
         (OptimConfig(schedule="cosine", warmup_steps=50), "warmup_steps=50"),
         (OptimConfig(schedule="piecewise", boundaries=(3, 2), factors=(1.0, 1.0)), "increase"),
         (OptimConfig(schedule="piecewise", boundaries=(3,)), "factors"),
+        (OptimConfig(schedule="piecewise", boundaries=(3,), factors=(0.0,), decay_steps=5),
+         "positive factors"),
         (OptimConfig("adam", weight_decay=0.1), "adamw"),
         (OptimConfig(lr=-1.0), "lr"),
     ],
@@ -155,3 +164,15 @@ def test_schedules_equal_their_formulas(config):
 def test_senseless_settings_are_refused(config, word):
     with pytest.raises(ValueError, match=word):
         optim.make(config, 50)
+
+
+def test_an_exponential_decay_falls_by_equal_ratios_from_where_it_was():
+    config = OptimConfig(
+        lr=2e-4, schedule="piecewise", boundaries=(4, 8), factors=(0.65, 0.15), decay_steps=6
+    )
+    rate = optim.schedule(config, 8)  # its end is not the run's
+    rates = np.asarray([float(rate(t)) for t in range(18)])
+    np.testing.assert_allclose(rates[:4], 2e-4, rtol=1e-6)
+    np.testing.assert_allclose(rates[4:9], 1.3e-4, rtol=1e-6)
+    np.testing.assert_allclose(rates[9:15] / rates[8:14], (0.15 / 0.65) ** (1 / 6), rtol=1e-5)
+    np.testing.assert_allclose(rates[14:], 3e-5, rtol=1e-5)
