@@ -1,8 +1,9 @@
 """Files of records with random access: JSON lines, Parquet and plain text.
 
 A source is a sequence of records: {'text': str} for documents, {'prompt': …, 'response': str} for
-pairs. Opening one reads it through once, so that a malformed line, a missing key or a missing file
-stops a run before it starts, with the file, the line and what to do in the message.
+pairs, {'prompt': …, 'chosen': str, 'rejected': str} for preferences. Opening one reads it through
+once, so that a malformed line, a missing key or a missing file stops a run before it starts, with
+the file, the line and what to do in the message.
 
 Sources are small and picklable, as data loaders' worker processes need: they hold byte offsets
 and reopen their file where they are used.
@@ -31,7 +32,10 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Where records come from: `text_key` alone, or `prompt_key` and `response_key`.
+    """Where records come from: one of three kinds, told by the keys that are set.
+
+    `text_key` alone: documents; `prompt_key` and `response_key`: pairs; `prompt_key`, `chosen_key`
+    and `rejected_key`: preferences.
 
     `path` is a file or a pattern like 'data/*.jsonl' (files in sorted order). `format`:
 
@@ -42,6 +46,11 @@ class SourceConfig:
 
     Texts and responses are strings. A prompt is a string, or a list of chat messages
     ({'role': …, 'content': …}).
+
+    `weight` is the source's share of examples in a mixture (not of tokens), to within one per cent.
+    `weights` makes it a share of packed rows, thus of tokens, that changes in the course of a run:
+    (tokens, weight) pairs, where `tokens` counts what the run has seen, rows * seq_len of all
+    batches so far; between two pairs the weight is interpolated linearly, outside it is constant.
     """
 
     path: str
@@ -49,7 +58,10 @@ class SourceConfig:
     text_key: str = ""
     prompt_key: str = ""
     response_key: str = ""
-    weight: float = 1.0  # share of examples in a mixture (not of tokens), to within one per cent
+    chosen_key: str = ""
+    rejected_key: str = ""
+    weight: float = 1.0
+    weights: tuple[tuple[int, float], ...] = ()
 
 
 def open_source(config: SourceConfig) -> Sequence[Record]:
@@ -264,18 +276,23 @@ class _mapped:
 
 
 def _keys(config: SourceConfig) -> dict[str, str]:
-    text, pair = config.text_key, (config.prompt_key, config.response_key)
+    text, prompt, response = config.text_key, config.prompt_key, config.response_key
+    choice = (config.chosen_key, config.rejected_key)
     if config.format == "text":
-        if text or any(pair):
+        if text or prompt or response or any(choice):
             raise ValueError(f"source {config.path!r}: the format 'text' has no keys; remove them")
         return {"text": "text"}
-    if text and not any(pair):
+    if text and not (prompt or response or any(choice)):
         return {"text": text}
-    if all(pair) and not text:
-        return {"prompt": pair[0], "response": pair[1]}
+    if prompt and response and not (text or any(choice)):
+        return {"prompt": prompt, "response": response}
+    if prompt and all(choice) and not (text or response):
+        return {"prompt": prompt, "chosen": choice[0], "rejected": choice[1]}
     raise ValueError(
         f"source {config.path!r}: set text_key (documents), or both prompt_key and response_key "
-        f"(pairs); got text_key={text!r}, prompt_key={pair[0]!r}, response_key={pair[1]!r}"
+        f"(pairs), or prompt_key, chosen_key and rejected_key (preferences); got text_key={text!r}, "
+        f"prompt_key={prompt!r}, response_key={response!r}, chosen_key={choice[0]!r}, "
+        f"rejected_key={choice[1]!r}"
     )
 
 

@@ -1,6 +1,7 @@
 """Pipelines: every token once per epoch, deterministic order, exact resume, workers, processes."""
 
 import collections
+import dataclasses
 import json
 
 import jax
@@ -116,6 +117,104 @@ def test_mixtures_follow_their_weights_and_each_source_its_epochs(tmp_path):
     assert len({i > 100 for i in ids[:4]}) == 2  # mixed throughout, not in blocks
 
 
+def scheduled(tmp_path, **options):
+    """Short documents, and long ones that take over between 400 and 1200 tokens (rows 25 and 75)."""
+    short, long, late = (
+        documents(tmp_path / name, range(first, first + count), length=length)
+        for name, first, count, length in (
+            ("short", 1, 40, lambda i: 2 + i % 5),
+            ("long", 101, 30, lambda i: 9 + i % 8),
+            ("late", 201, 5, lambda i: 16),
+        )
+    )
+    sources = (
+        dataclasses.replace(short, weights=((400, 3.0), (1200, 0.0))),
+        dataclasses.replace(long, weights=((400, 1.0), (1200, 4.0))),
+        dataclasses.replace(late, weights=((1200, 0.0), (1360, 1.0))),
+    )
+    return DataConfig(sources, 16, 4, seed=5, **options)
+
+
+def test_weights_that_change_are_followed_row_by_row(tmp_path):
+    it = iter(data.pipeline(scheduled(tmp_path), tokenize))
+    batches = take(it, 30)
+    rows = []  # the source of each row; a row's examples are all of one
+    for tokens, ids in ((b["tokens"][r], b["segment_ids"][r]) for b in batches for r in range(4)):
+        (source,) = set(tokens[ids > 0] // 100_000)
+        rows.append(source)
+    drawn = np.cumsum(np.equal.outer(np.arange(3), rows), axis=1)
+
+    at = np.arange(120) * 16
+    weights = np.stack([
+        np.interp(at, [400, 1200], [3, 0]),
+        np.interp(at, [400, 1200], [1, 4]),
+        np.interp(at, [1200, 1360], [0, 1]),
+    ])  # fmt: skip
+    wanted = np.cumsum(weights / weights.sum(0), axis=1)
+    assert np.abs(drawn - wanted).max() < 1.5
+    assert drawn[:, 24].tolist() == [19, 6, 0] and drawn[2, 75] == 0 and drawn[2, -1] > 5
+    assert (np.diff(drawn[0, 75:]) == 0).all()  # nothing of a source whose weight is 0
+    assert (np.concatenate([b["segment_ids"] for b in batches]) > 0).mean() > 0.8
+
+
+@pytest.mark.parametrize("position", [0, 3, 7, 19, 24])
+def test_weights_that_change_resume_exactly(tmp_path, position):
+    config = scheduled(tmp_path)
+    it = iter(data.pipeline(config, tokenize))
+    take(it, position)
+    state = json.loads(json.dumps(it.get_state()))
+    rest = take(it, 10)
+    fresh = iter(data.pipeline(config, tokenize))
+    fresh.set_state(state)
+    assert_same(take(fresh, 10), rest)
+    it.set_state(state)
+    assert_same(take(it, 10), rest)
+
+
+def test_workers_and_batch_sizes_do_not_change_rows_mixed_over_time(tmp_path):
+    config = scheduled(tmp_path)
+    alone = take(iter(data.pipeline(config, tokenize)), 24)
+    single = iter(data.pipeline(dataclasses.replace(config, batch_size=1), tokenize))
+    for batch in alone:
+        joined = {k: np.concatenate([row[k] for row in rows]) for rows in [take(single, 4)]
+                  for k in rows[0]}  # fmt: skip
+        assert_same([joined], [batch])
+    it = iter(data.pipeline(dataclasses.replace(config, workers=1), tokenize))
+    try:
+        assert_same(take(it, 3), alone[:3])
+        state = json.loads(json.dumps(it.get_state()))
+        assert_same(take(it, 3), alone[3:6])
+        it.set_state(state)
+        assert_same(take(it, 3), alone[3:6])
+    finally:
+        it.close()
+
+
+def test_processes_share_rows_mixed_over_time(tmp_path, monkeypatch):
+    """Each gives its half of a batch; the shares of both follow the tokens that both have seen."""
+    config, batches = scheduled(tmp_path), {}
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        batches[process] = take(iter(data.pipeline(config, tokenize)), 25)
+    ids = [[i for b in batches[p] for i in ids_of(b)] for p in range(2)]
+    assert batches[0][0]["tokens"].shape == (2, 16)
+    assert ids[0] != ids[1]
+    late = [sum(b["tokens"][:, 0].max() > 200_000 for b in batches[p][19:]) for p in range(2)]
+    before = [sum(b["tokens"][:, 0].max() > 200_000 for b in batches[p][:19]) for p in range(2)]
+    assert min(late) >= 1 and max(before) == 0  # 19 batches are 1216 tokens
+
+
+def test_sequences_of_one_example_stay_apart():
+    example = {
+        "tokens": np.arange(7), "loss_mask": np.asarray([0, 1, 1, 0, 1, 1, 1]),
+        "segment_ids": np.asarray([1, 1, 1, 2, 2, 2, 2]),
+    }  # fmt: skip
+    config = DataConfig((), 10, 1, pack="none", overlong="drop")
+    (batch,) = data.from_examples(config, [example], endless=False)
+    assert examples_of(batch) == [((0, 1, 2), (0, 1, 1)), ((3, 4, 5, 6), (0, 1, 1, 1))]
+
+
 @pytest.mark.parametrize("pack", ["best_fit", "none"])
 @pytest.mark.parametrize("position", [0, 1, 5, 12, 13, 30])
 def test_resume_is_exact_wherever_it_stopped(tmp_path, pack, position):
@@ -222,6 +321,14 @@ def test_mistakes_are_refused_before_anything_is_read(tmp_path):
         data.pipeline(DataConfig(()), tokenize)
     with pytest.raises(ValueError, match="weight"):
         data.pipeline(DataConfig((SourceConfig(good.path, weight=0.0),)), tokenize)
+    for weights, message in (
+        (((5, 1.0), (5, 2.0)), "increasing numbers of tokens"),
+        (((0, -1.0),), "not negative"),
+        (((0, 1.0), (7, 0.0)), "all sources are 0 when 7 tokens"),
+    ):
+        source = SourceConfig(good.path, text_key="text", weights=weights)
+        with pytest.raises(ValueError, match=message):
+            data.pipeline(DataConfig((source,)), tokenize)
     with pytest.raises(ValueError, match="seq_len"):
         data.pipeline(DataConfig((good,), seq_len=1), tokenize)
     with pytest.raises(FileNotFoundError):

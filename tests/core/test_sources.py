@@ -46,6 +46,15 @@ def test_prompts_are_strings_or_messages(tmp_path):
     assert source[1] == {"prompt": messages, "response": "2"}
 
 
+def test_preferences_have_two_answers(tmp_path):
+    record = {"q": "2 + 2?", "good": "4", "bad": "5"}
+    keys = {"prompt_key": "q", "chosen_key": "good", "rejected_key": "bad"}
+    source = open_source(jsonl(tmp_path / "a.jsonl", record, **keys))
+    assert source[0] == {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
+    with pytest.raises(DataError, match="'bad' is null, not a string"):
+        open_source(jsonl(tmp_path / "b.jsonl", record | {"bad": None}, **keys))
+
+
 def test_parquet_by_index(tmp_path):
     columns = {"text": list("abcde"), "unused": [1, 2, 3, 4, 5]}
     source = open_source(parquet(tmp_path / "a.parquet", columns, text_key="text"))
@@ -134,7 +143,16 @@ def test_missing_files_and_directories(tmp_path):
         open_source(SourceConfig(str(tmp_path / "no" / "x.jsonl"), text_key="text"))
 
 
-@pytest.mark.parametrize("keys", [{}, {"prompt_key": "p"}, {"text_key": "t", "prompt_key": "p"}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"prompt_key": "p"},
+        {"text_key": "t", "prompt_key": "p"},
+        {"prompt_key": "p", "chosen_key": "c"},
+        {"prompt_key": "p", "response_key": "r", "chosen_key": "c", "rejected_key": "x"},
+    ],
+)
 def test_keys_must_say_documents_or_pairs(tmp_path, keys):
     (tmp_path / "a.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="set text_key .* or both prompt_key and response_key"):
