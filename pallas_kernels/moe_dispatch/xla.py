@@ -1,0 +1,77 @@
+"""Portable and dropless at the cost of the chosen experts: pairs sorted by expert, matmuls grouped.
+
+Backward needs no scatter: the gradient of a gather by a permutation is the gather by its inverse,
+and those of the weights are grouped matmuls. It keeps what gate and up gave, a row for each pair.
+
+The grouped matmuls are `ragged_dot` on accelerators (`ragged.py`). On CPUs that computes every
+expert for every row, so there loops go over the experts that have rows (`blocks.py`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.moe_dispatch import blocks, ragged, routing
+
+
+def moe_mlp(x_ND, gate_EDF, up_EDF, down_EFD, experts_NK, weights_NK, capacity):
+    # Under shard_map all operands vary over the same axes from here on: loops want carries of one
+    # type, and the gradient of a weight that does not vary is then summed by the cast's transpose.
+    x_ND, gate_EDF, up_EDF, down_EFD, experts_NK, weights_NK = _all_varying(
+        x_ND, gate_EDF, up_EDF, down_EFD, experts_NK, weights_NK.astype(jnp.float32)
+    )
+    num_experts = gate_EDF.shape[0]
+    sizes = blocks.block_sizes(experts_NK.size, num_experts)
+    grouping = routing.group(experts_NK, num_experts, capacity, multiple=sizes[-1])
+    y_ND = _moe_mlp(x_ND, gate_EDF, up_EDF, down_EFD, weights_NK, grouping, sizes)
+    return y_ND, grouping.kept_NK
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _moe_mlp(x_ND, gate_EDF, up_EDF, down_EFD, weights_NK, grouping, sizes):
+    return _forward(x_ND, gate_EDF, up_EDF, down_EFD, weights_NK, grouping, sizes, False)[0]
+
+
+def _forward(x_ND, gate_EDF, up_EDF, down_EFD, weights_NK, grouping, sizes, keep=True):
+    out_RD, kept = jax.lax.platform_dependent(
+        x_ND, gate_EDF, up_EDF, down_EFD, grouping.tokens_R, grouping.counts_E,
+        cpu=functools.partial(blocks.forward, sizes=sizes, keep=keep),
+        default=functools.partial(ragged.forward, multiple=sizes[-1], keep=keep),
+    )  # fmt: skip
+    out_NKD = out_RD.at[grouping.rows_NK].get(mode="fill", fill_value=0)  # 0 where dropped
+    y_ND = jnp.sum(weights_NK[:, :, None] * out_NKD, axis=1).astype(x_ND.dtype)
+    return y_ND, (x_ND, gate_EDF, up_EDF, down_EFD, weights_NK, grouping, kept)
+
+
+def _backward(sizes, residuals, d_y_ND):
+    """With g, u what gate and up gave, a = silu(g) u, and t = d_y down^T of a pair of weight w:
+
+    d_w = t . a;  d_a = w t;  d_g = d_a u silu'(g);  d_u = d_a silu(g);
+    d_x = sum_k d_g gate^T + d_u up^T;  d_gate = x^T d_g;  d_up = x^T d_u;  d_down = (w a)^T d_y.
+    """
+    x_ND, gate_EDF, up_EDF, down_EFD, weights_NK, grouping, kept = residuals
+    weights_R = weights_NK.T.reshape(-1).at[grouping.pairs_R].get(mode="fill", fill_value=0)
+    d_x_RD, d_weight_R, d_gate_EDF, d_up_EDF, d_down_EFD = jax.lax.platform_dependent(
+        x_ND, gate_EDF, up_EDF, down_EFD, weights_R, *kept, d_y_ND,
+        grouping.tokens_R, grouping.counts_E,
+        cpu=functools.partial(blocks.backward, sizes=sizes),
+        default=functools.partial(ragged.backward, multiple=sizes[-1]),
+    )  # fmt: skip
+    d_x_NKD = d_x_RD.at[grouping.rows_NK].get(mode="fill", fill_value=0)
+    d_x_ND = jnp.sum(d_x_NKD, axis=1, dtype=jnp.float32).astype(x_ND.dtype)
+    d_weights_NK = d_weight_R.at[grouping.rows_NK].get(mode="fill", fill_value=0)
+    return d_x_ND, d_gate_EDF, d_up_EDF, d_down_EFD, d_weights_NK, None
+
+
+_moe_mlp.defvjp(_forward, _backward)
+
+
+def _all_varying(*operands):
+    """The operands, cast to vary over every mapped axis over which one of them does."""
+    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
+    axes = frozenset().union(*varying)
+    return tuple(
+        jax.lax.pcast(x, tuple(axes - own), to="varying") if axes - own else x
+        for x, own in zip(operands, varying, strict=True)
+    )
