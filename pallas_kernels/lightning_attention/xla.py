@@ -91,18 +91,19 @@ def _backward(block, saved, cotangents):
         start = index * block
         decay = decays(start, size)
         q_MCK, k_MCK, v_MCV, do_MCV = (_rows(x, start, size) for x in (q, k, v, d_o))
-        a_MCC = _scale(decay.within_BHCC, _product(do_MCV, v_MCV, transposed=True)).astype(q.dtype)
-        p_MCC = _scale(decay.within_BHCC, _product(q_MCK, k_MCK, transposed=True)).astype(q.dtype)
+        # Each product comes out in the layout that the next one reads: q alone is transposed.
+        q_MKC = q_MCK.swapaxes(1, 2)
+        within_BHCC = decay.within_BHCC
+        a_MCC = _scale(within_BHCC, _product(do_MCV, v_MCV, transposed=True)).astype(q.dtype)
+        p_MCC = _scale(within_BHCC.mT, _product(k_MCK, q_MCK, transposed=True)).astype(q.dtype)
         dq_MCK = _product(a_MCC, k_MCK)
-        dk_MKC = _product(q_MCK.swapaxes(1, 2), a_MCC)
-        dv_MVC = _product(do_MCV.swapaxes(1, 2), p_MCC)
-        entry_MKC = _scale(decay.entry_BHC1, q_MCK).astype(q.dtype).swapaxes(1, 2)
-        new_MKV = _product(entry_MKC, do_MCV)
+        dk_MKC = _product(q_MKC, a_MCC)
+        dv_MCV = _product(p_MCC, do_MCV)
+        new_MKV = _product(q_MKC, _scale(decay.entry_BHC1, do_MCV).astype(q.dtype))
         if g_MKV is not None:
             g = g_MKV.astype(q.dtype)
-            exit_BH1C = decay.exit_BHC1.swapaxes(2, 3)
-            dk_MKC += _scale(exit_BH1C, _product(g, v_MCV, transposed=True))
-            dv_MVC += _scale(exit_BH1C, _product(g.swapaxes(1, 2), k_MCK.swapaxes(1, 2)))
+            dk_MKC += _scale(decay.exit_BHC1.mT, _product(g, v_MCV, transposed=True))
+            dv_MCV += _scale(decay.exit_BHC1, _product(k_MCK, g))
             new_MKV += _scale(decay.carry_BH11, g_MKV)
         if not (initial_state is None and count == 1):
             state = jax.lax.dynamic_index_in_dim(states, index, 0, keepdims=False).astype(q.dtype)
@@ -111,7 +112,7 @@ def _backward(block, saved, cotangents):
             new_MKV,
             _write(dq_BTHK, dq_MCK, start),
             _write(dk_BTHK, dk_MKC.swapaxes(1, 2), start),
-            _write(dv_BTHV, dv_MVC.swapaxes(1, 2), start),
+            _write(dv_BTHV, dv_MCV, start),
         )
 
     count = -(-T // block)
