@@ -30,7 +30,7 @@ from research.core.sources import DataError, Record, SourceConfig, Tokenized, op
 __all__ = ["DataConfig", "DataError", "SourceConfig", "batches", "from_examples", "pipeline"]
 
 # An example: 'tokens' int32 [n], 'loss_mask' [n], 1 where the token is one to learn to predict. It may
-# bring 'segment_ids' [n] (1, 2, …), which make several sequences of it, if it is not packed or split.
+# bring 'segment_ids' [n] (1, 2, … and 0 for padding), if it is not packed, split or truncated.
 Example = Mapping[str, np.ndarray]
 Tokenize = Callable[[Record], Example]  # deterministic; picklable if there are workers
 
@@ -314,6 +314,7 @@ def _pad(example: Example, seq_len: int) -> dict[str, np.ndarray]:
     segment_ids = example.get("segment_ids", np.ones(length, np.int32))
     begins = np.diff(segment_ids, prepend=0) != 0
     positions = time - np.maximum.accumulate(np.where(begins, time, 0))
+    positions[segment_ids == 0] = 0
     row = {
         "tokens": example["tokens"],
         "segment_ids": segment_ids,

@@ -207,10 +207,11 @@ def test_processes_share_rows_mixed_over_time(tmp_path, monkeypatch):
 
 def test_sequences_of_one_example_stay_apart():
     example = {
-        "tokens": np.arange(7), "loss_mask": np.asarray([0, 1, 1, 0, 1, 1, 1]),
-        "segment_ids": np.asarray([1, 1, 1, 2, 2, 2, 2]),
+        "tokens": np.asarray([0, 1, 2, 0, 0, 3, 4, 5, 6]),
+        "loss_mask": np.asarray([0, 1, 1, 0, 0, 0, 1, 1, 1]),
+        "segment_ids": np.asarray([1, 1, 1, 0, 0, 2, 2, 2, 2]),
     }  # fmt: skip
-    config = DataConfig((), 10, 1, pack="none", overlong="drop")
+    config = DataConfig((), 12, 1, pack="none", overlong="drop")
     (batch,) = data.from_examples(config, [example], endless=False)
     assert examples_of(batch) == [((0, 1, 2), (0, 1, 1)), ((3, 4, 5, 6), (0, 1, 1, 1))]
 
