@@ -139,7 +139,7 @@ def measure() -> tuple[dict[str, float], dict]:
         actor.check(task, _SPLIT.value, problems)
         figures, episodes = evaluate(
             actor,
-            jax.jit(unstack)(params),
+            jax.jit(unstack, static_argnums=1)(params, model.config),
             task,
             problems=problems,
             samples=_SAMPLES.value,

@@ -33,7 +33,7 @@ def trainer(config, devices: int, batch, micro_rows):
     optimizer = optax.adamw(3e-4)
 
     def loss(params, batch):
-        logprobs, _ = token_logprobs(
+        logprobs, *_ = token_logprobs(
             model, params, batch["tokens"], segment_ids=batch["segment_ids"]
         )
         return -jnp.sum(batch["advantages"] * logprobs), {}

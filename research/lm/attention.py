@@ -6,33 +6,39 @@ import jax
 import jax.numpy as jnp
 
 from research.lm.config import DecoderConfig
-from research.lm.layers import Kernel, RMSNorm, dense, rotate
+from research.lm.layers import Kernel, RMSNorm, deepnorm_gain, dense, rotate, xavier
 
 MASKED = -1e30  # finite: a row with nothing to attend to (padding) gets weights without NaN
 
 
+# What a layer remembers. Softmax attention: k [B N, K, S] and v [B N, S, K]. Lightning attention:
+# its state, float32 [B H, K, K] (keys, values).
+Memory = tuple[jax.Array, jax.Array] | jax.Array
+
+
 class Cache(flax.struct.PyTreeNode):
-    """Keys and values of the tokens so far, as a ring whose write head all rows share.
+    """What the layers remember of the tokens so far; keys and values in a ring whose write head all rows share.
 
     Because every row writes at the same slot, a step is one `dynamic_update_slice` for the batch,
     whatever the ages of its rows: `positions` says which token of its row a slot holds.
     """
 
-    layers: tuple[tuple[jax.Array, jax.Array], ...]  # per layer k [B N, K, S] and v [B N, S, K]
+    layers: tuple[Memory, ...]
     positions: jax.Array  # [B, S] int32, -1 = empty
     index: jax.Array  # int32 scalar: tokens written so far; the next goes to slot index % S
 
     @classmethod
     def empty(cls, config: DecoderConfig, batch: int, length: int) -> "Cache":
         rows, K = batch * config.num_kv_heads, config.head_dim
+
+        def memory(mixer):
+            if mixer == "lightning":
+                return jnp.zeros((batch * config.num_heads, K, K), jnp.float32)
+            zeros = lambda *shape: jnp.zeros(shape, config.dtype)  # noqa: E731
+            return zeros(rows, K, length), zeros(rows, length, K)
+
         return cls(
-            layers=tuple(
-                (
-                    jnp.zeros((rows, K, length), config.dtype),
-                    jnp.zeros((rows, length, K), config.dtype),
-                )
-                for _ in range(config.num_layers)
-            ),
+            layers=tuple(map(memory, config.layer_mixers)),
             positions=jnp.full((batch, length), -1, jnp.int32),
             index=jnp.zeros((), jnp.int32),
         )
@@ -53,7 +59,9 @@ class Attention(nn.Module):
         c = self.config
         B, T, D = x_BTD.shape
         N, G, K = c.num_kv_heads, c.group_size, c.head_dim
-        kernel, bias = Kernel(c, (D, N, G + 2, K), (N, G + 2, K), c.qkv_bias, name="qkv")()
+        k_std, out_std = xavier(D, N * K), xavier(N * G * K, D, deepnorm_gain(c))
+        stds = (*[xavier(D, N * G * K)] * G, k_std, k_std * deepnorm_gain(c))
+        kernel, bias = Kernel(c, (D, N, G + 2, K), (N, G + 2, K), c.qkv_bias, stds, name="qkv")()
         x_BTNHK = dense(x_BTD, kernel.reshape(D, -1)).reshape(B, T, N, G + 2, K)
         if bias is not None:
             x_BTNHK += bias
@@ -76,7 +84,7 @@ class Attention(nn.Module):
             v_MSK = jax.lax.dynamic_update_slice(cache[1], v_MTK, (0, slot, 0))
             cache = (k_MKS, v_MSK)
             y_BTNGK = _from_rows(_attend(_to_rows(q_BTNGK), *cache, bias_BTS)[0], B, T)
-        out_NGKD, _ = Kernel(c, (N, G, K, D), name="o")()
+        out_NGKD, _ = Kernel(c, (N, G, K, D), stds=(out_std,), name="o")()
         return dense(y_BTNGK.reshape(B, T, -1), out_NGKD.reshape(-1, D)), cache
 
 

@@ -22,8 +22,8 @@ class Llama3Scaling:
 class MoEConfig:
     """Experts in place of the one SwiGLU; each has the width `mlp_size` (MiniMax-01, section 2.1).
 
-    capacity_factor: in training an expert takes at most ceil(factor * top_k * tokens / num_experts) of the tokens that a
-      device computes together, and the rest pass it by; 0: it takes all. With a cache it takes all always.
+    capacity_factor: in training an expert takes at most ceil(factor * top_k * tokens / num_experts) of the tokens that
+      a device computes together, and the rest pass it by; 0: it takes all. With a cache it takes all always.
     aux_coef, aux_form: weight and form of the load-balancing loss, see `moe.aux_loss`.
     jitter: in training the router's input is multiplied by uniform numbers in 1 ± jitter.
     """
@@ -50,8 +50,8 @@ class MoEConfig:
 class LightningConfig:
     """Linear attention with decay (MiniMax-01, section 2.2).
 
-    slopes: which released code's decays, see `lightning.slopes`; they differ in the last layer, and for head counts that
-      are no power of two.
+    slopes: which released code's decays, see `lightning.slopes`; they differ in the last layer, and for head counts
+      that are no power of two.
     norm_eps: of the norm of its output.
     block: tokens per block of the chunked form; 0: as suits the machine. It changes no result.
     """
@@ -90,8 +90,8 @@ class DecoderConfig:
 
     mixers: the repeating pattern of the layers' token mixers.
     rotary_dim: leading dimensions of a head that rotary positions turn; None: all of them.
-    init: 'normal' draws every matrix with `init_std`; 'deepnorm' is Xavier's, with the gain (8L)^(-1/4) on value, output
-      and MLP projections (Wang et al. 2022); embeddings are normal in both.
+    init: 'normal' draws every matrix with `init_std`; 'deepnorm' is Xavier's, with the gain (8L)^(-1/4) on value,
+      output and MLP projections (Wang et al. 2022); embeddings are normal in both.
     """
 
     vocab_size: int
@@ -134,7 +134,8 @@ class DecoderConfig:
             raise ValueError(f"mixers must be a pattern of 'softmax' and 'lightning', got {self.mixers}")
         if self.num_layers % len(self.mixers):
             raise ValueError(
-                f"num_layers ({self.num_layers}) must be a multiple of the {len(self.mixers)} layers of the pattern `mixers`"
+                f"num_layers ({self.num_layers}) must be a multiple of the {len(self.mixers)} layers of the pattern "
+                "`mixers`"
             )
         if self.turned_dim % 2:
             name = "head_dim" if self.rotary_dim is None else "rotary_dim"

@@ -1,16 +1,22 @@
 """The decoder: one Linen module, one stacked parameter tree, for training, scoring and decoding.
 
-Parameters of all layers are stacked on axis 0 whatever `scan_layers` says, so a checkpoint does
-not depend on how it is run:
+Parameters of all layers of a kind are stacked on axis 0 in the layers' order, whatever `scan_layers` says, so a
+checkpoint does not depend on how it is run. L layers, of which Ls have softmax and Ll lightning attention:
 
-    embed/embedding [V, D]                    final_norm/scale [D]       head/kernel [D, V] if untied
-    layers/attn_norm/scale [L, D]             layers/mlp_norm/scale [L, D]
-    layers/attn/qkv/kernel [L, D, N, G+2, K]  (per key-value head: its G query heads, its key, its
-    layers/attn/qkv/bias [L, N, G+2, K]        value; bias if qkv_bias)
-    layers/attn/{q,k}_norm/scale [L, K]       if qk_norm
-    layers/attn/o/kernel [L, N, G, K, D]
-    layers/mlp/{gate,up}/kernel [L, D, F]     layers/mlp/down/kernel [L, F, D]
+    embed/embedding [V, D]                     final_norm/scale [D]       head/kernel [D, V] if untied
+    layers/attn_norm/scale [L, D]              layers/mlp_norm/scale [L, D]
+    layers/attn/qkv/kernel [Ls, D, N, G+2, K]  (per key-value head: its G query heads, its key, its
+    layers/attn/qkv/bias [Ls, N, G+2, K]        value; bias if qkv_bias)
+    layers/attn/{q,k}_norm/scale [Ls, K]       if qk_norm
+    layers/attn/o/kernel [Ls, N, G, K, D]
+    layers/lightning/qkv/kernel [Ll, D, H, 3, K]   layers/lightning/gate/kernel [Ll, D, H, K]
+    layers/lightning/norm/scale [Ll, H, K]         layers/lightning/o/kernel [Ll, H, K, D]
+    layers/mlp/{gate,up}/kernel [L, D, F]      layers/mlp/down/kernel [L, F, D]          without experts
+    layers/moe/router/kernel [L, D, E]         layers/moe/{gate,up}/kernel [L, E, D, F]
+    layers/moe/down/kernel [L, E, F, D]                                                  with experts
 """
+
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,28 +25,67 @@ import jax.numpy as jnp
 from research.lm.attention import (
     Attention,
     Cache,
+    Memory,
     cached_bias,
     causal_bias,
     segment_positions,
 )
 from research.lm.config import DecoderConfig
-from research.lm.layers import Kernel, RMSNorm, SwiGLU, rope_angles
+from research.lm.layers import Kernel, RMSNorm, SwiGLU, rope_angles, xavier
+from research.lm.lightning import Lightning, slopes
+from research.lm.moe import MoE, RouterStats
+
+MIXERS = {"softmax": "attn", "lightning": "lightning"}  # name of a mixer → of its parameters
+
+
+class Context(NamedTuple):
+    """What all layers of a call share."""
+
+    cos: jax.Array  # [B or 1, T, R/2]
+    sin: jax.Array
+    bias_BTS: jax.Array  # what softmax attention sees: 0, else MASKED
+    segment_ids: jax.Array | None  # [B, T]
+    valid_BT: jax.Array | None  # tokens that are not padding; None: all
+    slot: jax.Array | None  # where the cache is written
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A token mixer, then a SwiGLU or experts, each inside a residual connection (see `Residual`)."""
 
     config: DecoderConfig
+    mixer: str
 
     @nn.compact
-    def __call__(self, x_BTD, cos, sin, bias_BTS, cache=None, slot=None):
-        c = self.config
-        norm = lambda name: RMSNorm(c.norm_eps, c.param_dtype, name=name)  # noqa: E731
-        y_BTD, cache = Attention(c, name="attn")(
-            norm("attn_norm")(x_BTD), cos, sin, bias_BTS, cache, slot
-        )
-        x_BTD = x_BTD + y_BTD
-        return x_BTD + SwiGLU(c, name="mlp")(norm("mlp_norm")(x_BTD)), cache
+    def __call__(
+        self, x_BTD, context: Context, slopes_H, key=None, memory: Memory | None = None
+    ) -> tuple[jax.Array, Memory | None, RouterStats | None]:
+        """`key`: of the router's jitter. Returns (x_BTD, what the layer now remembers, the router's statistics)."""
+        c, given = self.config, memory is not None
+
+        def join(x, normed, y, scales):
+            alpha, beta = scales
+            residual = normed if c.residual.post_norm else x
+            if (alpha, beta) == (1.0, 1.0):
+                return residual + y
+            return alpha * residual + beta * y
+
+        u = RMSNorm(c.norm_eps, c.param_dtype, name="attn_norm")(x_BTD)
+        if self.mixer == "lightning":
+            y, memory = Lightning(c, name="lightning")(
+                u, slopes_H, context.segment_ids, context.valid_BT, memory
+            )
+        else:
+            y, memory = Attention(c, name="attn")(
+                u, context.cos, context.sin, context.bias_BTS, memory, context.slot
+            )
+        x_BTD = join(x_BTD, u, y, getattr(c.residual, self.mixer))
+        u, stats = RMSNorm(c.norm_eps, c.param_dtype, name="mlp_norm")(x_BTD), None
+        if c.moe is None:
+            y = SwiGLU(c, name="mlp")(u)
+        else:
+            factor = 0.0 if given else c.moe.capacity_factor
+            y, stats = MoE(c, name="moe")(u, context.valid_BT, factor, key)
+        return join(x_BTD, u, y, c.residual.mlp), memory, stats
 
 
 class Embed(nn.Module):
@@ -54,7 +99,11 @@ class Embed(nn.Module):
 
 
 class Decoder(nn.Module):
-    """tokens → next-token logits, or hidden states; with a cache, the continuation of its rows."""
+    """tokens → next-token logits, or hidden states; with a cache, the continuation of its rows.
+
+    With experts, the collection 'router' (`mutable=["router"]`) gets `stats`: RouterStats with a leading [L]. Jitter
+    takes the random stream 'router', and is off without it.
+    """
 
     config: DecoderConfig
 
@@ -73,10 +122,11 @@ class Decoder(nn.Module):
         Args:
           tokens_BT: int `[B, T]`.
           positions: int `[B, T]`, position of each token in its sequence; by default counted within
-            each segment. Required with a cache, where -1 marks padding, never attended to.
+            each segment. Required with a cache, where -1 marks padding, never attended to; it stands
+            before the tokens of its row.
           segment_ids: int `[B, T]`; tokens attend within their own segment only. 0 = padding.
-          cache: keys and values so far. The T tokens are written at its head, and T must not run
-            over the end of the ring.
+          cache: what the layers remember so far. The T tokens are written at its head, and T must not
+            run over the end of the ring.
           return_hidden: skip the output projection.
 
         Returns:
@@ -92,55 +142,55 @@ class Decoder(nn.Module):
         if cache is not None:
             if positions is None or segment_ids is not None:
                 raise ValueError("a cache needs positions, and takes no segment_ids")
-            slot = cache.slot
+            slot, valid_BT = cache.slot, positions >= 0
             seen_BS = jax.lax.dynamic_update_slice(
                 cache.positions, positions.astype(jnp.int32), (0, slot)
             )
             bias = cached_bias(positions, seen_BS)
         else:
+            slot, valid_BT = None, None if segment_ids is None else segment_ids > 0
             bias = causal_bias(T, segment_ids)
             if positions is None and segment_ids is not None:
                 positions = segment_positions(segment_ids)
             elif positions is None:
                 positions = jnp.arange(T)[None]
-        cos, sin = rope_angles(positions, c)
+        context = Context(*rope_angles(positions, c), bias, segment_ids, valid_BT, slot)
 
-        layer = _remat(Block, c)
-        if not self.is_initializing() and (cache is not None or not c.scan_layers):
-            written = []
-            for i, params in enumerate(_per_layer(self.get_variable("params", "layers"))):
-                given = () if cache is None else (cache.layers[i], slot)
-                x_BTD, pair = layer(c, parent=None).apply({"params": params}, x_BTD, cos, sin, bias,
-                                                          *given)
-                written.append(pair)
-            if cache is not None:
-                cache = Cache(tuple(written), seen_BS, cache.index + T)
+        if self.is_initializing():
+            self.param("layers", lambda key: _init_layers(c, key))
         else:
-            stack = nn.scan(
-                layer,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=nn.broadcast,
-                length=c.num_layers,
-            )
-            x_BTD, _ = stack(c, name="layers")(x_BTD, cos, sin, bias)
+            keys = [None] * c.num_layers
+            if c.moe and c.moe.jitter and self.has_rng("router"):
+                keys = jax.random.split(self.make_rng("router"), c.num_layers)
+            layers = self.get_variable("params", "layers")
+            if cache is not None or not c.scan_layers:
+                memories = [None] * c.num_layers if cache is None else cache.layers
+                x_BTD, written, stats = _run(c, c.layer_mixers, per_layer(layers, c), x_BTD, context,
+                                             _slopes(c), keys, memories)  # fmt: skip
+                if cache is not None:
+                    cache = Cache(tuple(written), seen_BS, cache.index + T)
+            else:
+                x_BTD, stats = _scan(c, layers, x_BTD, context, keys)
+            if c.moe:
+                self.sow("router", "stats", stats)
 
         x_BTD = RMSNorm(c.norm_eps, c.param_dtype, name="final_norm")(x_BTD)
         if c.tie_embeddings:
             head_DV = embedding_VD.astype(c.dtype).T
         else:
-            head_DV, _ = Kernel(c, (c.hidden_size, c.vocab_size), name="head")()
+            stds = (xavier(c.hidden_size, c.vocab_size),)
+            head_DV, _ = Kernel(c, (c.hidden_size, c.vocab_size), stds=stds, name="head")()
         if not return_hidden:
             x_BTD = jnp.einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=jnp.float32)
         return x_BTD if cache is None else (x_BTD, cache)
 
 
-def unstack(params):
+def unstack(params, config: DecoderConfig):
     """The same parameters with one pytree per layer, for decode loops: `layers/0`, `layers/1`, …
 
     Slicing the stacked arrays inside a decode loop would copy every weight at every token.
     """
-    layers = _per_layer(params["layers"])
+    layers = per_layer(params["layers"], config)
     return {**params, "layers": {str(i): layer for i, layer in enumerate(layers)}}
 
 
@@ -149,21 +199,92 @@ def head_kernel(params, config: DecoderConfig) -> jax.Array:
     return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
 
 
-def _per_layer(layers):
+def per_layer(layers, config: DecoderConfig) -> list[dict]:
+    """The parameters of every layer, from the stacked ones, or from those that `unstack` made."""
     if "0" in layers:
         return [layers[str(i)] for i in range(len(layers))]
-    # lax.split, not indexing: its transpose is one concatenation, not L padded additions
-    leaves, tree = jax.tree.flatten(layers)
-    split = [jax.lax.split(x, (1,) * x.shape[0], axis=0) for x in leaves]
-    return [tree.unflatten([part[0] for part in parts]) for parts in zip(*split, strict=True)]
+    return _deal(layers, config.layer_mixers)
 
 
-def _remat(module, config: DecoderConfig):
+def _deal(layers, mixers) -> list[dict]:
+    """Stacked parameters of layers with these mixers → those of each layer."""
+
+    def cut(tree):
+        # lax.split, not indexing: its transpose is one concatenation, not L padded additions
+        leaves, structure = jax.tree.flatten(tree)
+        split = [jax.lax.split(x, (1,) * x.shape[0], axis=0) for x in leaves]
+        return iter([structure.unflatten([part[0] for part in parts]) for parts in zip(*split, strict=True)])
+
+    parts = {name: cut(tree) for name, tree in layers.items()}
+    other = lambda mixer: {name for kind, name in MIXERS.items() if kind != mixer}  # noqa: E731
+    return [{name: next(part) for name, part in parts.items() if name not in other(mixer)} for mixer in mixers]
+
+
+def _run(c, mixers, layers, x_BTD, context, slopes_LH, keys, memories):
+    """Layers one after another: (x_BTD, what each remembers, the routers' statistics, stacked)."""
+    written, stats = [], []
+    for i, (mixer, params) in enumerate(zip(mixers, layers, strict=True)):
+        x_BTD, memory, router = _layer(c, mixer)(
+            params, x_BTD, context, slopes_LH[i], keys[i], memories[i]
+        )
+        written.append(memory)
+        stats.append(router)
+    return x_BTD, written, jax.tree.map(lambda *x: jnp.stack(x), *stats)
+
+
+def _scan(c, layers, x_BTD, context, keys):
+    """The same as a scan over the repetitions of the pattern `c.mixers`, without memories."""
+    count = c.num_layers // len(c.mixers)
+    stacked = lambda tree: jax.tree.map(  # noqa: E731
+        lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), tree
+    )
+    none = [None] * len(c.mixers)
+    jitters = keys[0] is not None
+
+    def period(x_BTD, xs):
+        layers, slopes_PH, *keys = xs
+        x_BTD, _, stats = _run(c, c.mixers, _deal(layers, c.mixers), x_BTD, context, slopes_PH,
+                               *(keys or [none]), none)  # fmt: skip
+        return x_BTD, stats
+
+    xs = (stacked(layers), stacked(_slopes(c)), *([stacked(keys)] if jitters else []))
+    x_BTD, stats = jax.lax.scan(period, x_BTD, xs)
+    return x_BTD, jax.tree.map(lambda x: x.reshape(c.num_layers, *x.shape[2:]), stats)
+
+
+def _layer(config: DecoderConfig, mixer: str):
+    """(params, x_BTD, context, slopes_H, key, memory) → what Block returns, remembered as `remat` says."""
+
+    def apply(params, *args):
+        return Block(config, mixer, parent=None).apply({"params": params}, *args)
+
     if config.remat == "none":
-        return module
+        return apply
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return nn.remat(
-        module,
+    return jax.checkpoint(
+        apply,
         policy=policy if config.remat == "dots" else None,
         prevent_cse=not config.scan_layers,
     )
+
+
+def _slopes(c: DecoderConfig) -> jax.Array:
+    return jnp.asarray(slopes(c.num_heads, c.num_layers, c.lightning.slopes), jnp.float32)
+
+
+def _init_layers(c: DecoderConfig, key: jax.Array) -> dict:
+    """Fresh stacked parameters of all layers."""
+    x_BTD, zero = jnp.zeros((1, 1, c.hidden_size), c.dtype), jnp.zeros((1, 1), jnp.int32)
+    context = Context(*rope_angles(zero, c), causal_bias(1), None, None, None)
+    slopes_H = jnp.ones(c.num_heads)
+
+    def stack(key, mixer, count):
+        init = lambda key: Block(c, mixer, parent=None).init(key, x_BTD, context, slopes_H)  # noqa: E731
+        return jax.vmap(init)(jax.random.split(key, count))["params"]
+
+    kinds = list(dict.fromkeys(c.mixers))
+    key, *keys = jax.random.split(key, 1 + len(kinds))
+    layers = stack(key, kinds[0], c.num_layers)
+    for key, mixer in zip(keys, kinds, strict=True):
+        layers[MIXERS[mixer]] = stack(key, mixer, c.layer_mixers.count(mixer))[MIXERS[mixer]]
+    return layers

@@ -26,18 +26,36 @@ class RMSNorm(nn.Module):
         return (y * scale).astype(x.dtype)
 
 
+def xavier(fan_in: int, fan_out: int, gain: float = 1.0) -> float:
+    """Standard deviation of a matrix under Xavier's initialisation (Glorot and Bengio 2010)."""
+    return gain * (2 / (fan_in + fan_out)) ** 0.5
+
+
+def deepnorm_gain(config: DecoderConfig) -> float:
+    """Gain of value, output and MLP projections of a decoder of L layers (Wang et al. 2022, "DeepNet")."""
+    return (8 * config.num_layers) ** -0.25
+
+
 class Kernel(nn.Module):
-    """A weight `kernel` and an optional `bias`, in the compute dtype; callers do the product."""
+    """A weight `kernel` and an optional `bias`, in the compute dtype; callers do the product.
+
+    `stds`: under init='deepnorm' the standard deviation, or one for each slot of the last axis but one.
+    """
 
     config: DecoderConfig
     shape: tuple[int, ...]
     bias_shape: tuple[int, ...] = ()
     use_bias: bool = False
+    stds: tuple[float, ...] = ()
 
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array | None]:
         c = self.config
-        init = nn.initializers.normal(c.init_std)
+        std = c.init_std if c.init == "normal" else np.asarray(self.stds, np.float32)[:, None]
+
+        def init(key, shape, dtype):
+            return jax.random.normal(key, shape, dtype) * jnp.asarray(std, dtype)
+
         kernel = self.param("kernel", init, self.shape, c.param_dtype).astype(c.dtype)
         if not self.use_bias:
             return kernel, None
@@ -61,9 +79,10 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         c = self.config
-        gate_DF, _ = Kernel(c, (c.hidden_size, c.mlp_size), name="gate")()
-        up_DF, _ = Kernel(c, (c.hidden_size, c.mlp_size), name="up")()
-        down_FD, _ = Kernel(c, (c.mlp_size, c.hidden_size), name="down")()
+        stds = (xavier(c.hidden_size, c.mlp_size, deepnorm_gain(c)),)
+        gate_DF, _ = Kernel(c, (c.hidden_size, c.mlp_size), stds=stds, name="gate")()
+        up_DF, _ = Kernel(c, (c.hidden_size, c.mlp_size), stds=stds, name="up")()
+        down_FD, _ = Kernel(c, (c.mlp_size, c.hidden_size), stds=stds, name="down")()
         return dense(jax.nn.silu(dense(x_BTD, gate_DF)) * dense(x_BTD, up_DF), down_FD)
 
 
@@ -83,13 +102,13 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None)
 
 
 def rope_angles(positions_BT, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of position times frequency, float32 `[B, T, K/2]` each; below 0 counts as 0.
+    """cos and sin of position times frequency, float32 `[B, T, R/2]` each; below 0 counts as 0. R: dimensions turned.
 
     Summed from two small tables: cos(a + b) = cos a cos b - sin a sin b. Trigonometry would be
     fused into every layer and cost it more than its matmuls on CPUs, and the float32 product of a
     far position and a frequency is off by more than the table is.
     """
-    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    frequencies = rope_frequencies(config.turned_dim, config.rope_theta, config.rope_scaling)
 
     def table(positions):
         angles = np.asarray(positions)[:, None] * frequencies
@@ -105,7 +124,9 @@ def rope_angles(positions_BT, config: DecoderConfig) -> tuple[jax.Array, jax.Arr
 
 
 def rotate(x, cos, sin):
-    """Turns the pairs (x[j], x[j + K/2]) of the last axis by the angles (half-split layout)."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    """Turns the pairs (x[j], x[j + R/2]) of the first R entries of the last axis by the angles `[…, R/2]`."""
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate([*(y.astype(x.dtype) for y in turned), rest], axis=-1)

@@ -1,10 +1,24 @@
 """Scores tokens under a decoder: what likelihoods, policy ratios and KL penalties are made of."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import token_logprobs as op
 from research.lm.decoder import Decoder, head_kernel
+from research.lm.moe import RouterStats
+
+
+class Scores(NamedTuple):
+    """float32 in nats: at t, log p(tokens[t] | before) and the entropy of that distribution.
+
+    Both are 0 at the first token of each segment and at padding (segment 0).
+    """
+
+    logprobs_BT: jax.Array
+    entropy_BT: jax.Array
+    router: RouterStats | None  # of all layers, with a leading [L]; None without experts
 
 
 def token_logprobs(
@@ -14,20 +28,24 @@ def token_logprobs(
     positions=None,
     segment_ids=None,
     temperature: float = 1.0,
-) -> tuple[jax.Array, jax.Array]:
+    jitter_key: jax.Array | None = None,
+) -> Scores:
     """Log-probability of every token given those before it in its segment.
 
     Args:
       tokens_BT: int `[B, T]`; `positions` and `segment_ids` as for the decoder.
       temperature: divides the logits, as when the tokens were sampled.
-
-    Returns:
-      float32 `(logprobs_BT, entropy_BT)` in nats: at t, log p(tokens[t] | before) and the entropy of
-      that distribution. Both are 0 at the first token of each segment and at padding (segment 0).
+      jitter_key: of the router's jitter (`moe.jitter`); None: none.
     """
     B, T = tokens_BT.shape
-    hidden_BTD = model.apply(
-        {"params": params}, tokens_BT, positions, segment_ids, return_hidden=True
+    hidden_BTD, collected = model.apply(
+        {"params": params},
+        tokens_BT,
+        positions,
+        segment_ids,
+        return_hidden=True,
+        mutable=["router"],
+        rngs=None if jitter_key is None else {"router": jitter_key},
     )
     next_BT = jnp.roll(tokens_BT, -1, axis=1)  # a whole row is scored: its last entry is dropped
     scores = op.token_logprobs(
@@ -43,4 +61,5 @@ def token_logprobs(
     logprobs_BT, entropy_BT = (
         jnp.where(follows_BT, jnp.roll(x.reshape(B, T), 1, axis=1), 0.0) for x in scores
     )
-    return logprobs_BT, entropy_BT
+    stats = collected["router"]["stats"][0] if model.config.moe else None
+    return Scores(logprobs_BT, entropy_BT, stats)

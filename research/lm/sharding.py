@@ -2,7 +2,7 @@
 
 Mesh axes: 'data' (rows of the batch), 'fsdp' (rows too, and every large parameter in shares),
 'model' (heads, MLP width and vocabulary: tensor parallelism). A mesh may leave out any of them.
-'model' must divide num_kv_heads, mlp_size and vocab_size; 'fsdp' hidden_size.
+'model' must divide num_kv_heads, num_heads, mlp_size and vocab_size; 'fsdp' hidden_size.
 """
 
 from jax.sharding import Mesh, PartitionSpec
@@ -16,6 +16,12 @@ _TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("attn/o/kernel", (None, "model", None, None, "fsdp")),
     ("mlp/(gate|up)/kernel", (None, "fsdp", "model")),
     ("mlp/down/kernel", (None, "model", "fsdp")),
+    ("lightning/(qkv|gate)/kernel", (None, "fsdp", "model")),
+    ("lightning/norm/scale", (None, "model")),
+    ("lightning/o/kernel", (None, "model", None, "fsdp")),
+    ("moe/router/kernel", (None, "fsdp")),
+    ("moe/(gate|up)/kernel", (None, None, "fsdp", "model")),
+    ("moe/down/kernel", (None, None, "model", "fsdp")),
     ("head/kernel", ("fsdp", "model")),
     (".*scale", ()),
 )

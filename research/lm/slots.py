@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from research.lm.attention import Cache
+from research.lm.attention import Cache, Memory
 from research.lm.config import DecoderConfig
 from research.lm.decoder import Decoder, head_kernel, unstack
 from research.lm.sampling import draw, uniform
@@ -33,7 +33,7 @@ class Slots(flax.struct.PyTreeNode):
 class Prefix(flax.struct.PyTreeNode):
     """Prompts after prefill, each ending at the last place of its bucket."""
 
-    layers: tuple[tuple[jax.Array, jax.Array], ...]  # k [n N, K, T], v [n N, T, K]
+    layers: tuple[Memory, ...]  # k [n N, K, T] and v [n N, T, K], or a state [n H, K, K]
     positions: jax.Array  # [n, T]
     logits: jax.Array  # [n, V], of the token to come
 
@@ -48,11 +48,14 @@ def prepare(config: DecoderConfig, params) -> Weights:
     """`config` is what decoding uses: if it is not tied and params are, the head gets a copy."""
     cast = lambda path, x: x if path[-1].key == "scale" else x.astype(config.dtype)  # noqa: E731
     if "0" not in params["layers"]:
-        params = unstack(params)
+        params = unstack(params, config)
     params = jax.tree_util.tree_map_with_path(cast, params)
     if not config.tie_embeddings and "head" not in params:
         params = {**params, "head": {"kernel": params["embed"]["embedding"].T}}
     return Weights(params)
+
+
+PREFILL_CHUNK = 1024  # tokens of a prompt that go through the model at a time
 
 
 def rows_together(length: int) -> int:
@@ -61,26 +64,30 @@ def rows_together(length: int) -> int:
 
 
 def prefill(model: Decoder, weights: Weights, tokens, lengths) -> Prefix:
-    """Runs prompts int32 `[n, T]`, each in the last `lengths` places of its row."""
+    """Runs prompts int32 `[n, T]`, each in the last `lengths` places of its row, by chunks if they are long."""
     n, T = tokens.shape
     params = weights.params
     rows = max(r for r in range(1, n + 1) if n % r == 0 and r <= rows_together(T))
+    chunk = min(T, PREFILL_CHUNK)
 
     def run(batch):
         tokens, lengths = batch
         positions = jnp.arange(T) - (T - lengths[:, None])
         positions = jnp.where(positions < 0, -1, positions)
-        hidden, cache = model.apply(
-            {"params": params},
-            tokens,
-            positions,
-            cache=Cache.empty(model.config, rows, T),
-            return_hidden=True,
-        )
+
+        def go_on(cache, part):
+            hidden, cache = model.apply({"params": params}, *part, cache=cache, return_hidden=True)
+            return cache, hidden[:, -1]
+
+        cache = Cache.empty(model.config, rows, T)
+        if chunk == T:
+            cache, last = go_on(cache, (tokens, positions))
+        else:
+            parts = [x.reshape(rows, -1, chunk).swapaxes(0, 1) for x in (tokens, positions)]
+            cache, last = jax.lax.scan(go_on, cache, parts)
+            last = last[-1]
         logits = jnp.matmul(
-            hidden[:, -1],
-            head_kernel(params, model.config),
-            preferred_element_type=jnp.float32,
+            last, head_kernel(params, model.config), preferred_element_type=jnp.float32
         )
         return Prefix(cache.layers, cache.positions, logits)
 
@@ -147,14 +154,15 @@ def insert(slots, prefix, seats, policy, key) -> Slots:
 
 
 def _laid(layers, positions, ring, head):
-    """Keys, values and positions padded to the ring's length and turned to end just before `head`."""
+    """Keys, values and positions of the ring's length, turned to end just before `head`; states as they are."""
     T = positions.shape[1]
 
     def lay(x, axis, fill=0):
         width = [(0, ring - T if a == axis % x.ndim else 0) for a in range(x.ndim)]
         return jnp.roll(jnp.pad(x, width, constant_values=fill), head - T, axis)
 
-    return tuple((lay(k, -1), lay(v, -2)) for k, v in layers), lay(positions, -1, -1)
+    layers = (x if isinstance(x, jax.Array) else (lay(x[0], -1), lay(x[1], -2)) for x in layers)
+    return tuple(layers), lay(positions, -1, -1)
 
 
 def _seat(slots, prefix, seats, policy, key) -> Slots:
@@ -198,9 +206,12 @@ def grow(slots, *, ring) -> Slots:
         shape[axis] = ring
         return jax.lax.dynamic_update_slice(jnp.full(shape, fill, x.dtype), x, [0] * x.ndim)
 
-    layers = tuple((lengthen(k, -1), lengthen(v, -2)) for k, v in cache.layers)
+    layers = (
+        x if isinstance(x, jax.Array) else (lengthen(x[0], -1), lengthen(x[1], -2))
+        for x in cache.layers
+    )
     return slots.replace(
-        cache=cache.replace(layers=layers, positions=lengthen(cache.positions, -1, -1))
+        cache=cache.replace(layers=tuple(layers), positions=lengthen(cache.positions, -1, -1))
     )
 
 
@@ -223,8 +234,9 @@ def decode(model: Decoder, weights: Weights, slots, policy, control) -> tuple[Sl
 
     def body(carry):
         step, slots = carry
+        position = jnp.where(slots.active, slots.position, -1)  # of a finished row: costs no expert
         logits, cache = model.apply(
-            {"params": weights.params}, slots.token[:, None], slots.position[:, None], cache=slots.cache
+            {"params": weights.params}, slots.token[:, None], position[:, None], cache=slots.cache
         )
         token, logprob, truncated = draw(logits[:, 0], uniform(slots.key, slots.count), policy)
         now = slots.cache.index % history

@@ -115,7 +115,7 @@ def loss_fn(model: Decoder, params: Any, batch: dict[str, jax.Array]):
     `weights` float32 [rows, seq_len] are those of the global batch: 1 / (learned tokens) at learned
     tokens and 0 elsewhere make the sum over all rows the mean negative log-likelihood.
     """
-    logprobs, entropy = token_logprobs(
+    logprobs, entropy, _ = token_logprobs(
         model, params, batch["tokens"], batch["positions"], batch["segment_ids"]
     )
     learned = batch["weights"] > 0

@@ -450,7 +450,7 @@ class _Run:
         )
 
     def _loss(self, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
-        logprobs, entropy = token_logprobs(
+        logprobs, entropy, router = token_logprobs(
             self.model,
             params,
             batch["tokens"],
@@ -492,7 +492,7 @@ def _scorer(model: Decoder, mesh, micro_rows: int, temperature: float):
             part = {
                 k: lax.dynamic_slice_in_dim(v, i * micro_rows, micro_rows) for k, v in batch.items()
             }
-            logprobs, _ = token_logprobs(
+            logprobs, *_ = token_logprobs(
                 model, params, part["tokens"], part["positions"], part["segment_ids"], temperature
             )
             return lax.dynamic_update_slice_in_dim(out, logprobs, i * micro_rows, axis=0)

@@ -187,7 +187,7 @@ def test_cached_decoding_equals_the_full_forward_as_the_ring_wraps():
     step = jax.jit(
         lambda p, t, pos, cache: Decoder(config).apply({"params": p}, t, pos, cache=cache)
     )
-    layers = unstack(params)
+    layers = unstack(params, config)
     logits, cache = step(layers, batch[:1, :2], jnp.arange(2)[None], Cache.empty(config, 1, S))
     np.testing.assert_allclose(logits, full[:1, :2], atol=1e-5)
     for t in range(2, 8):

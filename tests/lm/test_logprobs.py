@@ -29,7 +29,7 @@ def test_scores_are_the_log_softmax_of_the_logits_before_each_token(temperature)
     tokens = jnp.asarray(rng.integers(0, CONFIG.vocab_size, size=(2, 9)))
     segment_ids = jnp.asarray([[1, 1, 1, 1, 2, 2, 3, 0, 0], [1] * 9])
     params = model.init(jax.random.key(0), tokens)["params"]
-    logprobs, entropy = jax.jit(
+    logprobs, entropy, _ = jax.jit(
         lambda p: token_logprobs(
             model, p, tokens, segment_ids=segment_ids, temperature=temperature
         )
@@ -51,5 +51,5 @@ def test_without_segments_only_the_first_token_has_no_score():
     model = Decoder(CONFIG)
     tokens = jnp.asarray([[3, 1, 4, 1]])
     params = model.init(jax.random.key(0), tokens)["params"]
-    logprobs, _ = token_logprobs(model, params, tokens)
+    logprobs, *_ = token_logprobs(model, params, tokens)
     assert logprobs[0, 0] == 0 and (np.asarray(logprobs[0, 1:]) < 0).all()

@@ -201,7 +201,7 @@ def test_nothing_is_compiled_twice():
 
 def test_unstacked_parameters_and_no_prompts_are_fine():
     want = sampler(4)(params(), prompts()[:2], jax.random.key(0), Sampling(5))
-    got = sampler(4)(unstack(params()), prompts()[:2], jax.random.key(0), Sampling(5))
+    got = sampler(4)(unstack(params(), CONFIG), prompts()[:2], jax.random.key(0), Sampling(5))
     np.testing.assert_array_equal(got.tokens, want.tokens)
     none = sampler(4)(params(), [], jax.random.key(0), Sampling(5))
     assert none.tokens.shape == (0, 5) and none.sequences == []
