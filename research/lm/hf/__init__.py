@@ -5,8 +5,9 @@
     hf.save("my-model", model, params, tokenizer=tokenizer)
 
 A family of checkpoints is one file here with a table of tensor names (`layout.py` explains the
-notation); to add one, write its file and list it in LAYOUTS. Tensors stream one by one: the host
-holds one stacked parameter at a time, and puts it straight where the mesh wants it.
+notation); to add one, write its file and list it in LAYOUTS. Tensors stream one by one, straight to
+where the mesh wants them (and, if asked, as int8): beside them the host holds little more than the
+largest tensor.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -28,11 +30,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from research.core import sharding
-from research.lm.hf import files, llama, qwen2, qwen3
-from research.lm.hf.layout import Layout, Param
+from research.lm import quantize as int8
+from research.lm.hf import files, filling, llama, minimax, minimax_text_01, qwen2, qwen3
+from research.lm.hf.layout import Block, Layout, Param
 from research.lm.tokenizer import Tokenizer
 
-LAYOUTS = {module.LAYOUT.name: module.LAYOUT for module in (qwen2, qwen3, llama)}
+LAYOUTS = {
+    module.LAYOUT.name: module.LAYOUT
+    for module in (qwen2, qwen3, llama, minimax, minimax_text_01)
+}
 CONFIG = "config.json"
 
 
@@ -43,6 +49,7 @@ def load(
     compute_dtype: str = "float32",
     mesh: Mesh | None = None,
     rules: sharding.Rules | None = None,
+    quantize: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
     """The model and its parameters from a local directory.
 
@@ -53,6 +60,8 @@ def load(
         dtype: of the parameters; None keeps them as stored. Training wants 'float32'.
         compute_dtype: of activations (the model's `config.dtype`); logits are float32 always.
         mesh, rules: place every parameter as the sharding rules say; both or neither.
+        quantize: large matrices become int8 as they are read (`research.lm.quantize`), to decode
+            and score with; they cannot be trained or saved.
 
     Returns:
         (model, params); `model.config` is the DecoderConfig. For other ways to run it (remat,
@@ -68,18 +77,21 @@ def load(
     directory = _directory(directory)
     layout, config = read_config(directory)
     stored = files.list_tensors(directory)
-    _check_tensors(layout, config, stored, directory)
+    sizes = layout.sizes(config)
+    table = tuple(param.found(sizes, stored) for param in layout.params(config))
+    _check_tensors(layout, config, table, stored, directory)
 
-    sizes, table = layout.sizes(config), layout.params(config)
     dtypes = {param.path: np.dtype(dtype or _stored_dtype(param, sizes, stored)) for param in table}
     shapes = _nest(
         {p.path: jax.ShapeDtypeStruct(p.shape(sizes), dtypes[p.path]) for p in table}
     )
     places = {} if mesh is None else _flatten(sharding.tree_shardings(rules, shapes, mesh))
-    params = {
-        param.path: _read(param, sizes, stored, dtypes[param.path], places.get(param.path))
-        for param in table
-    }
+    params = {}
+    for param in table:
+        read = _read_int8 if quantize and int8.summed(param.path) else _read
+        params[param.path] = read(
+            param, sizes, stored, dtypes[param.path], places.get(param.path)
+        )
     config = dataclasses.replace(
         config, dtype=compute_dtype, param_dtype=str(dtypes[table[0].path])
     )
@@ -119,7 +131,11 @@ def save(
     flat = _flatten(params)
     _check_params(chosen.shapes(config), flat)
     _check_target(directory)
-    specs = list(_specs(chosen, config, flat, dtype))
+    derived = tuple(chosen.derived(config))
+    specs = [
+        *_specs(chosen, config, flat, dtype),
+        *(files.Spec(one.name, np.dtype(np.float32), one.shape) for one in derived),
+    ]
     shards = files.split(specs, max_shard_bytes)
     directory.parent.mkdir(parents=True, exist_ok=True)
     _check_space(directory.parent, sum(spec.nbytes for spec in specs))
@@ -132,7 +148,10 @@ def save(
         (fresh / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save(fresh)
-        arrays = (array for _, array in tensors(model, params, chosen.name))
+        arrays = itertools.chain(
+            (array for _, array in tensors(model, params, chosen.name)),
+            (one.make() for one in derived),
+        )
         cast = (a.astype(spec.dtype, copy=False) for spec, a in zip(specs, arrays, strict=True))
         files.write(fresh, shards, cast)
 
@@ -173,10 +192,17 @@ def tensors(model: Any, tree: Mapping[str, Any], layout: str) -> Iterator[tuple[
 
 
 def _check_tensors(
-    layout: Layout, config: Any, stored: Mapping[str, files.Stored], directory: pathlib.Path
+    layout: Layout,
+    config: Any,
+    table: tuple[Param, ...],
+    stored: Mapping[str, files.Stored],
+    directory: pathlib.Path,
 ) -> None:
+    if problems := layout.check(config, stored):
+        more = f" (and {len(problems) - 1} more like this)" if len(problems) > 1 else ""
+        raise ValueError(f"{directory}: {problems[0]}{more}")
     sizes = layout.sizes(config)
-    want = {b.name: b.shape for param in layout.params(config) for b in param.blocks(sizes)}
+    want = {b.name: b.whole for param in table for b in param.blocks(sizes)}
     copies = layout.copies(config)
     problems = [f"{name} {list(shape)} is missing" for name, shape in want.items()
                 if name not in stored]
@@ -213,39 +239,34 @@ def _stored_dtype(param: Param, sizes, stored: Mapping[str, files.Stored]) -> np
 
 def _read(param: Param, sizes, stored, dtype: np.dtype, place) -> jax.Array:
     """One parameter: every tensor is read once, and copied to the shards that hold some of it."""
-    shape = param.shape(sizes)
-    spans = lambda index: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))  # noqa: E731
-    if place is None:
-        wanted = {tuple((0, n) for n in shape)}
-    else:
-        wanted = {spans(i) for i in place.addressable_devices_indices_map(shape).values()}
-    shards = {span: np.empty([stop - start for start, stop in span], dtype) for span in wanted}
+    target = filling.Target(param.shape(sizes), dtype, place)
     for block in param.blocks(sizes):
-        overlaps = {span: _overlap(span, block.region) for span in shards}
-        if not any(overlaps.values()):
-            continue
-        tensor = block.inward(stored[block.name].read())
-        for span, overlap in overlaps.items():
-            if overlap is not None:
-                into, out_of = overlap
-                shards[span][into] = tensor[out_of]
-    if place is None:
-        array = jax.device_put(shards.popitem()[1])  # jnp.asarray would copy once more
-    else:
-        array = jax.make_array_from_callback(shape, place, lambda index: shards[spans(index)])
-    return array.block_until_ready()  # else several parameters would wait on the host together
+        if target.wants(block.region):
+            target.put(block.region, _piece(block, stored))
+    return target.finished()
 
 
-def _overlap(span, region) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Where a region's part of a span lies, in the span and in the region; None if nowhere."""
-    into, out_of = [], []
-    for (start, stop), part in zip(span, region, strict=True):
-        low, high = max(start, part.start), min(stop, part.stop)
-        if low >= high:
-            return None
-        into.append(slice(low - start, high - start))
-        out_of.append(slice(low - part.start, high - part.start))
-    return tuple(into), tuple(out_of)
+def _read_int8(param: Param, sizes, stored, dtype: np.dtype, place) -> int8.Quantized:
+    """The same as int8: a tensor has all that its output channels sum over, so each goes alone."""
+    axes = int8.summed(param.path)
+    shape = param.shape(sizes)
+    values = filling.Target(shape, np.dtype(np.int8), place)
+    scale = filling.Target(
+        [1 if axis in axes else n for axis, n in enumerate(shape)],
+        np.dtype(np.float32),
+        None if place is None else int8.scale_sharding(place, axes),
+    )
+    for block in param.blocks(sizes):
+        region = tuple(slice(0, 1) if a in axes else s for a, s in enumerate(block.region))
+        if values.wants(block.region) or scale.wants(region):
+            piece = int8.quantize_array(_piece(block, stored).astype(dtype, copy=False), axes)
+            values.put(block.region, np.asarray(piece.values))
+            scale.put(region, np.asarray(piece.scale))
+    return int8.Quantized(values.finished(), scale.finished())
+
+
+def _piece(block: Block, stored: Mapping[str, files.Stored]) -> np.ndarray:
+    return block.inward(stored[block.name].part(block.offset, block.shape).read())
 
 
 def _directory(directory: str | os.PathLike) -> pathlib.Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from research.lm.config import DecoderConfig, Llama3Scaling
+from research.lm.config import DecoderConfig, Llama3Scaling, Residual
 from research.lm.decoder import Decoder
 from research.lm.hf.layout import Layout, Param
 
@@ -36,15 +36,15 @@ def layout(
     def read_config(hf: Mapping[str, Any]) -> DecoderConfig:
         _refuse(hf)
         theta, scaling = _read_rope(hf)
-        heads, hidden = _need(hf, "num_attention_heads"), _need(hf, "hidden_size")
+        heads, hidden = need(hf, "num_attention_heads"), need(hf, "hidden_size")
         return DecoderConfig(
-            vocab_size=_need(hf, "vocab_size"),
+            vocab_size=need(hf, "vocab_size"),
             hidden_size=hidden,
-            num_layers=_need(hf, "num_hidden_layers"),
+            num_layers=need(hf, "num_hidden_layers"),
             num_heads=heads,
             num_kv_heads=hf.get("num_key_value_heads") or heads,
             head_dim=hf.get("head_dim") or head_dim or hidden // heads,
-            mlp_size=_need(hf, "intermediate_size"),
+            mlp_size=need(hf, "intermediate_size"),
             rope_theta=theta,
             rope_scaling=scaling,
             norm_eps=hf.get("rms_norm_eps", 1e-6),
@@ -59,6 +59,12 @@ def layout(
         for switch, ours in (("qkv_bias", qkv_bias), ("qk_norm", qk_norm)):
             if getattr(config, switch) != ours:
                 raise ValueError(f"layout {name!r} means {switch}={ours}, this model has {not ours}")
+        others = "lightning" in config.mixers or config.moe or config.residual != Residual()
+        if others or config.turned_dim != config.head_dim:
+            raise ValueError(
+                f"layout {name!r} has softmax attention with rotary positions in whole heads, "
+                "one MLP and plain residuals in every layer; this model has others"
+            )
         return {
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
@@ -136,14 +142,14 @@ def _copies(config: DecoderConfig) -> dict[str, str]:
     return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_embeddings else {}
 
 
-def _need(hf: Mapping[str, Any], key: str) -> Any:
+def need(hf: Mapping[str, Any], key: str) -> Any:
     if hf.get(key) is None:
         raise ValueError(f"the key {key!r} is missing")
     return hf[key]
 
 
-def _refuse(hf: Mapping[str, Any]) -> None:
-    """Raises ValueError for settings that would change what the model computes."""
+def refuse_settings(hf: Mapping[str, Any]) -> None:
+    """Raises ValueError for settings that no family here supports."""
     off = {
         "attention_bias": "a bias on the output projection",
         "mlp_bias": "biases in the MLP",
@@ -154,6 +160,11 @@ def _refuse(hf: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}={hf[key]!r}: {what} are not supported")
     if hf.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"hidden_act={hf['hidden_act']!r}: only 'silu' is supported")
+
+
+def _refuse(hf: Mapping[str, Any]) -> None:
+    """Raises ValueError for settings that would change what the model computes."""
+    refuse_settings(hf)
     kinds = set(hf.get("layer_types") or ()) - {"full_attention"}
     if kinds or (hf.get("use_sliding_window") and hf.get("sliding_window")):
         raise ValueError(

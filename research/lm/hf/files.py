@@ -41,6 +41,11 @@ class Stored:
         array = np.fromfile(self.file, DTYPES[self.dtype], count, offset=self.start)
         return array.reshape(self.shape)
 
+    def part(self, offset: int, shape: tuple[int, ...]) -> Stored:
+        """The piece of this shape that starts at element `offset`."""
+        start = self.start + offset * DTYPES[self.dtype].itemsize
+        return dataclasses.replace(self, start=start, shape=shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:

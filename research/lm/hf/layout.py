@@ -9,9 +9,18 @@ theirs; shapes, transpositions, fusing and stacking follow from the letters. For
           ("model.layers.{L}.self_attn.v_proj.weight", "NK,D"))
 
 says: our array has axes L D N H K; a stored q_proj is a matrix with N*G*K rows and D columns, one
-for every index of L (a `{letter}` in a name is an index; `{E}` would be the expert); the parts
-lie side by side on H, the one axis whose size the model does not name, where q takes G slots, k
-and v one each.
+for every index of L (a `{letter}` in a name is an index; `{E}` is the expert); the parts lie side
+by side on H, the one axis whose size the model does not name, where q takes G slots, k and v one
+each.
+
+Where only some layers have a parameter, `numbers` says which: with numbers={"S": (7, 15)} the two
+slots of our axis S are `model.layers.7` and `model.layers.15`.
+
+A part may be a piece of a larger tensor. Parentheses pick it, from the left: "(E),(1/2)F,D" is, in
+a tensor with axes E, 2*F, D, at the expert's index the second of two stacked matrices of F rows.
+
+Publishers have more than one way to write the same thing: `otherwise` lists other tuples of parts.
+Reading takes the one whose names are there; writing takes `parts`.
 """
 
 from __future__ import annotations
@@ -20,13 +29,14 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 Sizes = Mapping[str, int]  # axis letter -> size
 Region = tuple[slice, ...]
+Part = tuple[str, str]  # name, axes
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -35,22 +45,46 @@ class Param:
 
     path: str
     axes: str
-    parts: tuple[tuple[str, str], ...]
+    parts: tuple[Part, ...]
+    numbers: Mapping[str, Sequence[int]]
+    otherwise: tuple[tuple[Part, ...], ...]
 
-    def __init__(self, path: str, axes: str, *parts: tuple[str, str]):
+    def __init__(
+        self,
+        path: str,
+        axes: str,
+        *parts: Part,
+        numbers: Mapping[str, Sequence[int]] | None = None,
+        otherwise: Sequence[tuple[Part, ...]] = (),
+    ):
         object.__setattr__(self, "path", path)
         object.__setattr__(self, "axes", axes)
         object.__setattr__(self, "parts", parts)
+        object.__setattr__(self, "numbers", numbers or {})
+        object.__setattr__(self, "otherwise", tuple(otherwise))
 
     def shape(self, sizes: Sizes) -> tuple[int, ...]:
         joined = sum(self._extent(axes, sizes) for _, axes in self.parts)
         return tuple(sizes.get(axis, joined) for axis in self.axes)
 
+    def found(self, sizes: Sizes, names: Container[str]) -> Param:
+        """This parameter with the parts that are most of all among the stored names."""
+        if not self.otherwise:
+            return self
+
+        def present(parts: tuple[Part, ...]) -> float:
+            hits = [block.name in names for block in self._with(parts).blocks(sizes)]
+            return sum(hits) / len(hits)
+
+        return self._with(max((self.parts, *self.otherwise), key=present))
+
     def blocks(self, sizes: Sizes) -> Iterator[Block]:
-        """Every stored tensor of this parameter, by index, then by part."""
-        indexed = re.findall(r"\{(\w)\}", self.parts[0][0])
+        """Every stored tensor, or piece of one, of this parameter: by index, then by part."""
+        indexed = _indexed(*self.parts[0])
         for indices in itertools.product(*(range(sizes[axis]) for axis in indexed)):
             index = dict(zip(indexed, indices, strict=True))
+            called = {axis: self.numbers[axis][i] if axis in self.numbers else i
+                      for axis, i in index.items()}
             start = 0
             for name, stored_axes in self.parts:
                 stop = start + self._extent(stored_axes, sizes)
@@ -63,20 +97,25 @@ class Param:
                     for axis in self.axes
                 )
                 start = stop
-                groups = stored_axes.split(",")
+                whole, groups, offset = _pieces(stored_axes, sizes, index)
                 yield Block(
-                    name=name.format(**index),
+                    name=name.format(**called),
+                    whole=whole,
                     shape=tuple(math.prod(sizes[axis] for axis in group) for group in groups),
+                    offset=offset,
                     region=region,
                     transposed=self._transposed(groups, sizes),
                 )
 
+    def _with(self, parts: tuple[Part, ...]) -> Param:
+        return Param(self.path, self.axes, *parts, numbers=self.numbers)
+
     def _extent(self, stored_axes: str, sizes: Sizes) -> int:
         """Slots on the joined axis: the sizes that our axes do not name."""
-        own = [axis for axis in stored_axes.replace(",", "") if axis not in self.axes]
-        return math.prod(sizes[axis] for axis in own)
+        free = re.sub(r"\(.*?\)|,", "", stored_axes)
+        return math.prod(sizes[axis] for axis in free if axis not in self.axes)
 
-    def _transposed(self, groups: list[str], sizes: Sizes) -> bool:
+    def _transposed(self, groups: Sequence[str], sizes: Sizes) -> bool:
         """Whether the stored matrix is ours turned over; any other order is not supported."""
         stored = "".join(groups)
         own = "".join(axis for axis in stored if axis not in self.axes)  # on the joined axis
@@ -90,12 +129,40 @@ class Param:
         raise ValueError(f"{self.path}: cannot turn axes {','.join(groups)} into {self.axes}")
 
 
+def _indexed(name: str, stored_axes: str) -> list[str]:
+    """The axes whose index picks the tensor (in its name) or the piece (in parentheses)."""
+    return re.findall(r"\{(\w)\}", name) + re.findall(r"\(([A-Z])\)", stored_axes)
+
+
+def _pieces(
+    stored_axes: str, sizes: Sizes, index: Mapping[str, int]
+) -> tuple[tuple[int, ...], list[str], int]:
+    """A stored tensor's shape, the free axes of the piece, and where it starts, in elements."""
+    whole, groups, offset, pieces = [], [], 0, 1
+    for group in stored_axes.split(","):
+        picked, which, of, free = re.fullmatch(r"(?:\((?:([A-Z])|(\d)/(\d))\))?(\w*)", group).groups()
+        count, place = 1, 0
+        if picked:
+            count, place = sizes[picked], index[picked]
+        elif of:
+            count, place = int(of), int(which)
+        if count > 1 and groups:
+            raise ValueError(f"{stored_axes}: what is picked must come before what is whole")
+        pieces, offset = pieces * count, offset * count + place
+        whole.append(count * math.prod(sizes[axis] for axis in free))
+        if free:
+            groups.append(free)
+    return tuple(whole), groups, offset * (math.prod(whole) // pieces)
+
+
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One stored tensor, and the region of our parameter that it fills."""
+    """One stored tensor, or a piece of one, and the region of our parameter that it fills."""
 
     name: str
-    shape: tuple[int, ...]  # as stored
+    whole: tuple[int, ...]  # shape of the tensor
+    shape: tuple[int, ...]  # of the piece
+    offset: int  # of the piece's first element
     region: Region
     transposed: bool
 
@@ -104,14 +171,23 @@ class Block:
         return tuple(s.stop - s.start for s in self.region)
 
     def inward(self, tensor: np.ndarray) -> np.ndarray:
-        """The stored tensor in our axes, with the region's shape."""
+        """The stored piece in our axes, with the region's shape."""
         return (_turn(tensor) if self.transposed else tensor).reshape(self.region_shape)
 
     def outward(self, region: np.ndarray) -> np.ndarray:
-        """Our region as the tensor to store: the inverse of `inward`."""
+        """Our region as the piece to store: the inverse of `inward`."""
         if self.transposed:
             return _turn(region.reshape(self.shape[::-1]))
         return region.reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """A tensor that a family stores though the config implies it: float32, made when written."""
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +205,9 @@ class Layout:
         params: config → the table.
         copies: config → stored tensors that may be there but only repeat another: name → name.
         ignored: regular expressions for the names of stored tensors that carry nothing.
+        derived: config → what is stored besides the parameters.
+        check: config, stored tensors → one line for each way in which they contradict each other
+            that would otherwise show as a list of missing and unexpected names, or not at all.
     """
 
     name: str
@@ -140,6 +219,8 @@ class Layout:
     params: Callable[[Any], tuple[Param, ...]]
     copies: Callable[[Any], Mapping[str, str]] = lambda config: {}
     ignored: tuple[str, ...] = ()
+    derived: Callable[[Any], Iterable[Derived]] = lambda config: ()
+    check: Callable[[Any, Mapping[str, Any]], list[str]] = lambda config, stored: []
 
     def shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
         """Path → shape of every parameter."""

@@ -1,17 +1,22 @@
-"""A tiny random Qwen2 as a published directory, for trying any experiment end to end anywhere.
+"""A tiny random model as a published directory, for trying any experiment end to end anywhere.
 
-    python -m research.lm.hf.tiny DIRECTORY
+    python -m research.lm.hf.tiny DIRECTORY [--layout=minimax]
+
+The default is a Qwen2; 'minimax' (or 'minimax_text_01') is a hybrid of four layers, three with
+lightning attention, with four experts.
 """
 
+import argparse
+import dataclasses
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 
 from research.lm import hf
-from research.lm.config import DecoderConfig
+from research.lm.config import DecoderConfig, LightningConfig, MoEConfig, Residual
 from research.lm.decoder import Decoder
+from research.lm.hf import minimax_text_01
 from research.lm.tokenizer import Tokenizer
 
 CHAT = (
@@ -25,21 +30,29 @@ CHAT = (
 def write(
     directory: str | pathlib.Path,
     *,
+    layout: str = "qwen2",
     tokenizer: Tokenizer | None = None,
     hidden_size: int = 64,
-    num_layers: int = 2,
+    num_layers: int | None = None,
     max_position: int = 4096,
     seed: int = 0,
 ) -> pathlib.Path:
     """Writes config.json, model.safetensors and the tokenizer; returns the directory.
 
     Args:
-        tokenizer: default, one of bytes with Qwen's chat markers.
+        layout: 'qwen2', 'minimax' or 'minimax_text_01'.
+        tokenizer: default, one of bytes with the family's chat markers.
         hidden_size: a multiple of 32; heads have 16 dimensions, two of them share keys.
+        num_layers: default 2, and 4 for MiniMax, of which it is a multiple.
         seed: of the random parameters.
     """
-    if tokenizer is None:
+    hybrid = layout != "qwen2"
+    if tokenizer is None and hybrid:
+        markers = ["<beginning_of_sentence>", "<end_of_sentence>"]
+        tokenizer = Tokenizer.byte(markers, chat_template=minimax_text_01.CHAT)
+    elif tokenizer is None:
         tokenizer = Tokenizer.byte(["<|im_start|>", "<|im_end|>"], chat_template=CHAT)
+    num_layers = num_layers or (4 if hybrid else 2)
     config = DecoderConfig(
         vocab_size=-(-tokenizer.vocab_size // 64) * 64,  # padded, as published models are
         hidden_size=hidden_size,
@@ -54,13 +67,27 @@ def write(
         max_position=max_position,
         init_std=0.1,
     )
+    if hybrid:
+        config = dataclasses.replace(
+            config,
+            qkv_bias=False,
+            tie_embeddings=False,
+            norm_eps=1e-5,
+            mixers=("lightning",) * 3 + ("softmax",),
+            lightning=LightningConfig(slopes="native" if layout == "minimax" else "remote"),
+            moe=MoEConfig(num_experts=4),
+            residual=Residual.deepnorm(num_layers),
+            rotary_dim=None if layout == "minimax" else 8,  # see hybrid.py
+        )
     model = Decoder(config)
     params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
-    hf.save(directory, model, params, "qwen2", tokenizer=tokenizer)
+    hf.save(directory, model, params, layout, tokenizer=tokenizer)
     return pathlib.Path(directory)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    print(write(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory")
+    parser.add_argument("--layout", default="qwen2", choices=["qwen2", "minimax", "minimax_text_01"])
+    arguments = parser.parse_args()
+    print(write(arguments.directory, layout=arguments.layout))
