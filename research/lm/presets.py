@@ -3,6 +3,20 @@
 Sources: the config.json of each published model (base models, not their instruction-tuned kin).
 The distillations of DeepSeek-R1 are Qwen2.5-Math-1.5B and -7B, Qwen2.5-14B and -32B, Llama-3.1-8B
 and Llama-3.3-70B (the 3.1 shape); the 1.5B one is published untied.
+
+MiniMax-01 (its paper gives names and sizes alone, but for the released model):
+
+* `minimax-{size}-{softmax,lightning,hybrid}`, the scaling-law family of section 2.2.3. Widths, from
+  410M on also layers, and vocabulary are those of the GPT-style family with the same names (Biderman
+  et al. 2023, "Pythia", Table 1), with the paper's head size 128 from 1B on and its MLP of 8 d^2
+  parameters. The two smallest differ: hybrids have softmax attention in every eighth layer, so they
+  take 8 and 16 layers (of 512 and 640) for Pythia's 6 of 512 and 12 of 768. Sizes are with both
+  embeddings, in the softmax form; lightning's gate adds d^2 a layer.
+* `minimax-moe-28b-*`, `minimax-moe-60b-*`, `minimax-moe-24b`: the ablations of section 2.4.2 (hybrid
+  attention), of section 2.4.3 (where the norm is; 48 layers) and of section 2.1 (experts against the
+  dense `minimax-7b-softmax`). The dimensions are ours; they meet the published total and active
+  parameters, the active ones without embeddings.
+* `study-hybrid`, `quickstart-hybrid`: for a CPU, like `study` and `quickstart`.
 """
 
 import dataclasses
@@ -11,7 +25,7 @@ import math
 import jax
 import numpy as np
 
-from research.lm.config import DecoderConfig, Llama3Scaling
+from research.lm.config import DecoderConfig, Llama3Scaling, MoEConfig, Residual
 from research.lm.decoder import Decoder
 
 
@@ -64,6 +78,48 @@ def _small(vocab, layers):
     )
 
 
+HYBRID = ("lightning",) * 7 + ("softmax",)
+_FORMS = {"softmax": ("softmax",), "lightning": ("lightning",), "hybrid": HYBRID}
+
+
+def _scaling_law(name, layers, width, heads):
+    """One size in the three forms: multi-head attention, and 3 d F = 8 d^2 (F rounded up to 64)."""
+    mlp = -(-8 * width // (3 * 64)) * 64
+    return {
+        f"minimax-{name}-{form}": DecoderConfig(
+            vocab_size=50304, hidden_size=width, num_layers=layers, num_heads=heads,
+            num_kv_heads=heads, head_dim=width // heads, mlp_size=mlp, mixers=mixers,
+            norm_eps=1e-5, rotary_dim=width // heads // 2, max_position=8192,
+        )
+        for form, mixers in _FORMS.items()
+    }  # fmt: skip
+
+
+def _minimax(
+    hidden, layers, heads, kv_heads, mlp, experts, *, mixers=HYBRID, post_norm=True, **other
+):
+    """Like the released model: head size 128, half of it turned, DeepNorm, top-2 of the experts."""
+    return DecoderConfig(
+        **{
+            "vocab_size": 200064,
+            "hidden_size": hidden,
+            "num_layers": layers,
+            "num_heads": heads,
+            "num_kv_heads": kv_heads,
+            "head_dim": 128,
+            "mlp_size": mlp,
+            "norm_eps": 1e-5,
+            "mixers": mixers,
+            "moe": MoEConfig(experts),
+            "residual": Residual.deepnorm(layers) if post_norm else Residual(),
+            "init": "deepnorm" if post_norm else "normal",
+            "rotary_dim": 64,
+            "max_position": 8192,
+        }
+        | other
+    )
+
+
 _MATH_1_5B = _qwen2(1536, 28, 12, 2, 8960, tie_embeddings=True, rope_theta=1e4, max_position=4096)
 _MATH_7B = _qwen2(3584, 28, 28, 4, 18944, vocab=152064, rope_theta=1e4, max_position=4096)
 
@@ -92,4 +148,32 @@ PRESETS: dict[str, DecoderConfig] = {
     "qwen3-32b": _qwen3(5120, 64, 64, 25600),
     "llama-3.1-8b": _llama31(4096, 32, 32, 14336),
     "llama-3.1-70b": _llama31(8192, 80, 64, 28672),
-}
+    "text_01": _minimax(
+        6144, 80, 64, 8, 9216, 32, moe=MoEConfig(32, aux_coef=0.001),
+        rope_theta=1e7, max_position=10_240_000,
+    ),
+    **_scaling_law("70m", 8, 512, 8),
+    **_scaling_law("160m", 16, 640, 10),
+    **_scaling_law("410m", 24, 1024, 16),
+    **_scaling_law("1b", 16, 2048, 16),
+    **_scaling_law("3b", 32, 2560, 20),
+    **_scaling_law("7b", 32, 4096, 32),
+    "minimax-moe-28b-softmax": _minimax(
+        3072, 40, 24, 8, 4224, 16, mixers=("softmax",), post_norm=False
+    ),
+    "minimax-moe-28b-hybrid": _minimax(3072, 40, 24, 8, 4224, 16, post_norm=False),
+    "minimax-moe-60b-pre": _minimax(3072, 48, 24, 8, 8064, 16, post_norm=False),
+    "minimax-moe-60b-post": _minimax(3072, 48, 24, 8, 8064, 16),
+    "minimax-moe-24b": _minimax(
+        2048, 24, 16, 16, 4864, 32, mixers=("softmax",), post_norm=False
+    ),
+    "study-hybrid": DecoderConfig(  # 15.4 M: seven lightning layers and a softmax one, 8 experts
+        vocab_size=512, hidden_size=256, num_layers=8, num_heads=4, num_kv_heads=2, head_dim=64,
+        mlp_size=256, norm_eps=1e-5, mixers=HYBRID, moe=MoEConfig(8),
+        residual=Residual.deepnorm(8), init="deepnorm", rotary_dim=32, max_position=2**18,
+    ),
+    "quickstart-hybrid": dataclasses.replace(
+        _small(vocab=40, layers=4), mixers=("lightning",) * 3 + ("softmax",), mlp_size=176,
+        moe=MoEConfig(4), rotary_dim=16,
+    ),
+}  # fmt: skip

@@ -2,7 +2,8 @@
 
 import pytest
 
-from research.lm.presets import PRESETS, num_params
+from research.lm import costs
+from research.lm.presets import HYBRID, PRESETS, num_params
 
 # Parameters as listed on each model's page (from its safetensors files; where the embedding is
 # tied and stored twice, counted once).
@@ -30,10 +31,55 @@ PUBLISHED = {
     "quickstart": 40 * 128 + 128 + 3 * (2 * 128 + 128 * 8 * 32 + 128 * 128 + 3 * 128 * 352),
 }
 
+# MiniMax-01: billions, total and active without embeddings, as the paper prints them ("59B" of its
+# tables is "60B" in its text); None: it prints none.
+NAMED = {
+    "text_01": (456, 45.9),
+    "minimax-moe-28b-softmax": (28, None),  # "28B, 5B active" is of the pair; hybrids have gates
+    "minimax-moe-28b-hybrid": (28, 5),
+    "minimax-moe-60b-pre": (60, 9.3),
+    "minimax-moe-60b-post": (60, 9.3),
+    "minimax-moe-24b": (24, 2),
+} | {
+    f"minimax-{name}-{form}": (billions, None)
+    for name, billions in {
+        "70m": 0.07, "160m": 0.16, "410m": 0.41, "1b": 1, "3b": 3, "7b": 7,
+    }.items()
+    for form in ("softmax", "lightning", "hybrid")
+}  # fmt: skip
+OURS = {"study-hybrid": 15_357_952}
 
-@pytest.mark.parametrize("name", PRESETS)
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - set(NAMED) - {"quickstart-hybrid"}))
 def test_parameter_counts_are_the_published_ones(name):
-    assert num_params(PRESETS[name]) == PUBLISHED[name]
+    assert num_params(PRESETS[name]) == (PUBLISHED | OURS)[name]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_minimax_models_have_about_the_sizes_that_name_them(name):
+    total, active = NAMED[name]
+    count = costs.parameters(PRESETS[name])
+    released = name == "text_01"
+    assert count.total / 1e9 == pytest.approx(total, rel=0.001 if released else 0.14)
+    if active is not None:
+        assert count.active / 1e9 == pytest.approx(active, rel=0.001 if released else 0.09)
+
+
+def test_minimax_models_are_one_family():
+    """Seven lightning layers, then a softmax one; the three forms differ in their mixers alone."""
+    for name, config in PRESETS.items():
+        if name.endswith("-hybrid") and name.startswith("minimax"):
+            assert config.mixers == HYBRID == ("lightning",) * 7 + ("softmax",)
+    for size in ("70m", "160m", "410m", "1b", "3b", "7b"):
+        forms = [PRESETS[f"minimax-{size}-{form}"] for form in ("softmax", "lightning", "hybrid")]
+        assert {repr(form).split("mixers=")[0] for form in forms} == {
+            repr(forms[0]).split("mixers=")[0]
+        }
+        assert {form.mixers for form in forms} == {("softmax",), ("lightning",), HYBRID}
+    released = PRESETS["text_01"]
+    softmax = [i for i, mixer in enumerate(released.layer_mixers) if mixer == "softmax"]
+    assert softmax == list(range(7, 80, 8))
+    assert released.residual.mlp == (3.5565588200778455, 1.0)  # as its config.json has it
 
 
 def test_small_models_have_the_stated_sizes():
