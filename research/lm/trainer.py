@@ -2,7 +2,8 @@
 
 Sources with a `text_key` are documents, learned whole; sources with `prompt_key` and `response_key`
 are pairs, learned on the response. The loss is the mean negative log-likelihood per learned token of
-the global batch, in nats; it does not depend on how the batch is packed or spread over devices.
+the global batch, in nats; it does not depend on how the batch is packed or spread over devices. A
+mixture of experts adds its balancing loss, which is that of each micro-batch.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import itertools
 import math
 import pathlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import grain
@@ -27,7 +29,8 @@ from research.core.loop import LoopConfig, Trainer
 from research.core.metrics import Mean
 from research.core.optim import OptimConfig
 from research.core.state import TrainState
-from research.lm import checkpoints
+from research.lm import batch_ramp as ramps
+from research.lm import checkpoints, moe
 from research.lm import sharding as decoder_sharding
 from research.lm.config import DecoderConfig
 from research.lm.decoder import Decoder
@@ -44,9 +47,13 @@ class Config:
       start from random parameters of `model`.
     tokenizer: a directory with tokenizer.json, or 'byte'; empty: the one of `init_from`.
     special_tokens: those of a 'byte' tokenizer.
-    dtype, remat, scan_layers: in place of the model's own; None: as it has them.
+    dtype, remat, scan_layers, rope_theta, max_position: in place of the model's own; None: as it
+      has them.
     chat: prompts go through the tokenizer's chat template.
-    micro_rows: rows that a device computes at a time (0: all of its share).
+    micro_rows: rows that a device computes at a time (0: all of its share; with a batch ramp, the
+      most of which all its batches are multiples).
+    batch_ramp: (tokens, rows) pairs: from so many tokens seen on (rows * seq_len, so with padding),
+      the global batch has so many rows. data.batch_size is the largest.
     eval_sources: held-out data, read in one pass with the settings of `data`, at most
       `eval_batches` of them (0: all).
     """
@@ -61,13 +68,19 @@ class Config:
     dtype: str | None = None
     remat: Literal["none", "full", "dots"] | None = None
     scan_layers: bool | None = None
+    rope_theta: float | None = None
+    max_position: int | None = None
     data: DataConfig = DataConfig()
     chat: bool = False
     micro_rows: int = 0
+    batch_ramp: ramps.Ramp = ()
     eval_sources: tuple[pipelines.SourceConfig, ...] = ()
     eval_batches: int = 0
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig(steps=1000)
+
+    def __post_init__(self):
+        ramps.check(self.batch_ramp, self.data.batch_size)
 
 
 def build(
@@ -79,7 +92,7 @@ def build(
     examples: grain.IterDataset | Sequence[Example] | None = None,
     eval_examples: Sequence[Example] | None = None,
 ) -> Trainer:
-    """The trainer of `config`, which writes the model's description to `workdir`.
+    """The trainer of `config`; as it starts, it writes the model's description to `workdir`.
 
     All data files are read through once here. In place of files, `examples` are learned: a sequence
     of dicts of 'tokens' and 'loss_mask' (int [n], see `research.core.data`), which is packed as
@@ -98,15 +111,19 @@ def build(
         )
     grid = meshes.make(config.mesh)
     shards = math.prod(grid.shape[axis] for axis in decoder_sharding.batch_axes(grid))
-    if config.data.batch_size % (shards * max(1, config.micro_rows)):
-        raise ValueError(
-            f"data.batch_size={config.data.batch_size} must be a multiple of {shards} devices x "
-            f"micro_rows={config.micro_rows or 1}"
-        )
-    if tokenizer is not None and jax.process_index() == 0:
-        checkpoints.describe(workdir, model, tokenizer)
-    train, held_out = _datasets(config, tokenizer, examples, eval_examples)
-    return _Run(config, model, params, grid, train, held_out).trainer()
+    schedule = ramps.Schedule(config.batch_ramp, config.data.batch_size, config.data.seq_len)
+    for rows in schedule.sizes:
+        if rows % (shards * max(1, config.micro_rows)):
+            name = "a batch of batch_ramp" if config.batch_ramp else "data.batch_size"
+            raise ValueError(
+                f"{name}={rows} must be a multiple of {shards} devices x "
+                f"micro_rows={config.micro_rows or 1}"
+            )
+    if config.batch_ramp and isinstance(examples, grain.IterDataset):
+        raise ValueError("batch_ramp needs rows to make batches of, not a dataset of whole batches")
+    train, held_out = _datasets(config, schedule.unit, tokenizer, examples, eval_examples)
+    run = _Run(config, pathlib.Path(workdir), model, params, tokenizer, grid)
+    return run.trainer(schedule, train, held_out)
 
 
 def loss_fn(model: Decoder, params: Any, batch: dict[str, jax.Array]):
@@ -114,12 +131,68 @@ def loss_fn(model: Decoder, params: Any, batch: dict[str, jax.Array]):
 
     `weights` float32 [rows, seq_len] are those of the global batch: 1 / (learned tokens) at learned
     tokens and 0 elsewhere make the sum over all rows the mean negative log-likelihood.
+
+    With experts, aux_coef · Σ_layers aux · Σ weights is added, where aux is the micro-batch's
+    balancing loss (MiniMax-01, eq. 2): each micro-batch counts by its share of the learned tokens.
+    'nll' and 'aux' report the two apart: loss = nll + aux_coef · aux. The router jitters, if it
+    is to, by the batch entry 'noise', uint32 [rows]; without that, not.
     """
-    logprobs, entropy, _ = token_logprobs(
-        model, params, batch["tokens"], batch["positions"], batch["segment_ids"]
+    moe_config = model.config.moe
+    jitter = moe_config is not None and moe_config.jitter > 0 and "noise" in batch
+    logprobs, entropy, router = token_logprobs(
+        model,
+        params,
+        batch["tokens"],
+        batch["positions"],
+        batch["segment_ids"],
+        jitter_key=jax.random.key(batch["noise"][0]) if jitter else None,
     )
     learned = batch["weights"] > 0
-    return -jnp.sum(logprobs * batch["weights"]), {"entropy": Mean.of(entropy, learned)}
+    nll = -jnp.sum(logprobs * batch["weights"])
+    metrics = {"entropy": Mean.of(entropy, learned)}
+    if moe_config is not None:
+        metrics["nll"] = Mean.of(-logprobs, learned)
+    balance, more = balancing(model.config, router, jnp.sum(batch["weights"]))
+    return nll + balance, metrics | more
+
+
+def held_out_loss(model: Decoder, params: Any, batch: dict[str, jax.Array]):
+    """The likelihood of `loss_fn` alone; no expert leaves a token out, as in generation."""
+    shape = model.config
+    if shape.moe is not None:
+        dropless = dataclasses.replace(shape.moe, capacity_factor=0.0)
+        shape = dataclasses.replace(shape, moe=dropless)
+    logprobs, *_ = token_logprobs(
+        Decoder(shape), params, batch["tokens"], batch["positions"], batch["segment_ids"]
+    )
+    return -jnp.sum(logprobs * batch["weights"]), {}
+
+
+def balancing(config: DecoderConfig, router: moe.RouterStats | None, share: jax.Array | float = 1.0):
+    """aux_coef · share · Σ_layers aux, which a loss adds, and the routers' metrics; 0.0 without experts.
+
+    `share` is what the micro-batch is of the global one, by the loss's weights; 'aux' is Σ_layers aux.
+    """
+    if config.moe is None:
+        return 0.0, {}
+    aux = jnp.sum(moe.aux_loss(router, config.moe.top_k, config.moe.aux_form))
+    metrics = {"aux": Mean(aux * share, share), **moe.metrics(router, config.moe)}
+    return config.moe.aux_coef * aux * share, metrics
+
+
+def create_state(create, params: Any, grid, rules) -> TrainState:
+    """`create(params) -> TrainState`, compiled, with every array made where it will lie.
+
+    That is everywhere, or as the `rules` for the mesh `grid` say. `params` may be None.
+    """
+    like = jax.eval_shape(create, params)
+    if rules is None:
+        layout = jax.tree.map(lambda _: sharding.replicated(grid), like)
+    else:
+        layout = sharding.tree_shardings(rules, like, grid)
+    if params is not None:
+        params = sharding.place(params, layout.params)
+    return jax.jit(create, out_shardings=layout)(params)
 
 
 def to_batch(rows: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
@@ -135,31 +208,43 @@ def to_batch(rows: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], float]
 class _Run:
     """What the functions of one run share."""
 
-    def __init__(self, config, model, params, grid, train, held_out):
-        self.config, self.model, self.params, self.grid = config, model, params, grid
+    def __init__(self, config, workdir, model, params, tokenizer, grid):
+        self.config, self.workdir, self.model, self.params = config, workdir, model, params
+        self.tokenizer, self.grid = tokenizer, grid
         self.optimizer = optimizers.make(config.optim, config.loop.steps)
-        self.iterator = iter(train)
-        self.held_out = held_out
-        micro_rows = config.micro_rows or None
         self.axes = decoder_sharding.batch_axes(grid)
-        self.rules = None
-        loss = lambda params, batch: loss_fn(model, params, batch)  # noqa: E731
-        if tuple(grid.shape) == ("data",):
-            self.update = step.data_parallel(loss, self.optimizer, grid, micro_rows=micro_rows)
-        else:
-            self.rules = decoder_sharding.rules(grid)
-            self.update = step.spmd(
-                loss, self.optimizer, grid, self.rules, micro_rows=micro_rows, batch_axes=self.axes
-            )
-        self.forward = step.evaluation(loss, grid, micro_rows=micro_rows, batch_axes=self.axes)
+        self.rules = None if tuple(grid.shape) == ("data",) else decoder_sharding.rules(grid)
 
-    def trainer(self) -> Trainer:
-        evaluate = self.evaluate if self.held_out is not None else None
+    def trainer(self, schedule, train, held_out) -> Trainer:
+        self.schedule, self.iterator, self.held_out = schedule, iter(train), held_out
+        shards = math.prod(self.grid.shape[axis] for axis in self.axes)
+        self.shards = shards // jax.process_count()  # those whose rows this process gives
+        self.micro_rows = self.config.micro_rows or None
+        if self.config.batch_ramp:
+            self.micro_rows = self.micro_rows or schedule.unit // shards
+        # Nothing that `self` holds may hold `self`: open files are closed when the last user is gone.
+        loss = partial(loss_fn, self.model)
+        if self.rules is None:
+            update = step.data_parallel(
+                loss, self.optimizer, self.grid, micro_rows=self.micro_rows
+            )
+        else:
+            update = step.spmd(
+                loss, self.optimizer, self.grid, self.rules,
+                micro_rows=self.micro_rows, batch_axes=self.axes,
+            )  # fmt: skip
+        self.forward = step.evaluation(
+            partial(held_out_loss, self.model), self.grid, micro_rows=self.micro_rows, batch_axes=self.axes
+        )
+        evaluate = self.evaluate if held_out is not None else None
         return Trainer(
-            self.init, self.collect, self.update, evaluate, self.iterator, self.iterator.close
+            self.init, self.collect, update, evaluate, self.iterator, self.iterator.close
         )
 
     def init(self) -> TrainState:
+        # Here and not in `build`: the loop has found that the directory is not another run's.
+        if self.tokenizer is not None and jax.process_index() == 0:
+            checkpoints.describe(self.workdir, self.model, self.tokenizer)
         key = jax.random.key(self.config.seed)
         init_key, key = jax.random.split(key)
 
@@ -172,21 +257,22 @@ class _Run:
         given, self.params = self.params, None if self.config.init_from else self.params
         if given is None and self.config.init_from:  # called again; not held in the meantime
             given = checkpoints.load(self.config.init_from)[1]
-        # Every array is made where it will lie.
-        layout = jax.tree.map(
-            lambda _: sharding.replicated(self.grid), like := jax.eval_shape(create, given)
-        )
-        if self.rules is not None:
-            layout = sharding.tree_shardings(self.rules, like, self.grid)
-        if given is not None:
-            given = sharding.place(given, layout.params)
-        return jax.jit(create, out_shardings=layout)(given)
+        return create_state(create, given, self.grid, self.rules)
 
     def collect(self, state: TrainState, at: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        del state, at
-        rows = next(self.iterator)
+        del state
+        config, size = self.config, self.schedule.rows(at)
+        units = [next(self.iterator) for _ in range(size // self.schedule.unit)]
+        rows = {name: np.concatenate([unit[name] for unit in units]) for name in units[0]}
         batch, count = to_batch(rows)
         metrics = {"tokens": count, "fill": float((rows["segment_ids"] > 0).mean())}
+        if self.model.config.moe is not None and self.model.config.moe.jitter:
+            noise = np.random.SeedSequence([config.seed % 2**63, at, jax.process_index()])
+            batch["noise"] = noise.generate_state(len(rows["tokens"]))
+        if config.batch_ramp:
+            local = config.data.batch_size // jax.process_count()
+            batch = ramps.lay_out(batch, self.shards, local, self.micro_rows)
+            metrics["rows"] = float(size)
         return batch, metrics
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
@@ -223,13 +309,18 @@ def _model(config: Config, params: Any, tokenizer: Tokenizer | None):
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {shape.vocab_size}; "
             "they do not belong together, or model.vocab_size is too small"
         )
-    own = {name: getattr(config, name) for name in ("dtype", "remat", "scan_layers")}
-    own = {name: value for name, value in own.items() if value is not None}
-    return Decoder(dataclasses.replace(shape, **own)), params, tokenizer
+    return Decoder(with_own(shape, config)), params, tokenizer
 
 
-def _datasets(config, tokenizer, examples, eval_examples):
-    """The endless training batches, and those of one pass over the held-out data (or None)."""
+def with_own(shape: DecoderConfig, config: Any) -> DecoderConfig:
+    """`shape` with what a run's `config` sets in place of the model's own."""
+    names = ("dtype", "remat", "scan_layers", "rope_theta", "max_position")
+    own = {name: getattr(config, name) for name in names}
+    return dataclasses.replace(shape, **{k: v for k, v in own.items() if v is not None})
+
+
+def _datasets(config, rows, tokenizer, examples, eval_examples):
+    """The endless training data in units of `rows`; one pass over the held-out data (or None)."""
     if tokenizer is None and (examples is None or (config.eval_sources and not eval_examples)):
         raise ValueError(
             "no tokenizer: set `tokenizer` to 'byte' or a directory, or start from a model"
@@ -243,6 +334,7 @@ def _datasets(config, tokenizer, examples, eval_examples):
         held_out = pipelines.pipeline(settings, tokenize, endless=False)
     if isinstance(examples, grain.IterDataset):
         return examples, held_out
+    settings = dataclasses.replace(config.data, batch_size=rows)
     if examples is not None:
-        return pipelines.from_examples(config.data, examples), held_out
-    return pipelines.pipeline(config.data, tokenize), held_out
+        return pipelines.from_examples(settings, examples), held_out
+    return pipelines.pipeline(settings, tokenize), held_out

@@ -21,6 +21,7 @@ from research.lm import sharding as decoder_sharding
 from research.lm import trainer
 from research.lm.config import DecoderConfig
 from research.lm.decoder import Decoder
+from research.lm.examples import Tokenize
 from research.lm.presets import PRESETS
 from research.lm.tokenizer import Tokenizer
 
@@ -114,6 +115,74 @@ def test_a_run_resumes_exactly(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, final["halves"].opt_state, final["whole"].opt_state)
 
 
+def ramped(tmp_path, **changes):
+    """4 rows up to 192 tokens (2 steps), 8 up to 576 (2 more), then 16; the epoch ends on the way."""
+    settings = {
+        "model": dataclasses.replace(TINY, num_layers=1),
+        "optim": OptimConfig("sgd", lr=0.5),
+        "batch_ramp": ((0, 4), (192, 8), (576, 16)),
+        "micro_rows": 2,
+        "eval_sources": (),
+        "loop": LoopConfig(steps=6),
+    }
+    return make_config(tmp_path, **(settings | changes))
+
+
+def test_a_batch_ramp_takes_every_row_once_and_compiles_once(tmp_path):
+    config = ramped(tmp_path)
+    loop.run(trainer.build(config, tmp_path), config.loop, tmp_path, fingerprint_of=config)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["rows"] for line in lines] == [4, 4, 8, 8, 16, 16]
+    assert lines[-1]["compiles"] == lines[0]["compiles"]
+
+    one = trainer.build(config, tmp_path / "one")
+    drawn, counts = [], []
+    for at in range(5):
+        batch, metrics = one.collect(None, at)
+        assert batch["tokens"].shape == (16, 24) and (batch["num_micro"] == [1, 1, 2, 2, 4][at]).all()
+        held = int(batch["num_micro"][0]) * 2  # rows of each of two devices
+        mine = batch["tokens"].reshape(2, 8, 24)
+        weights = batch["weights"].reshape(2, 8, 24)
+        assert not weights[:, held:].any() and weights[:, :held].sum() == pytest.approx(1)
+        drawn.append(mine[:, :held].reshape(-1, 24))
+        counts.append(metrics["tokens"])
+    single = dataclasses.replace(config.data, batch_size=1)
+    straight = iter(data.pipeline(single, Tokenize(Tokenizer.byte())))
+    wanted = [next(straight) for _ in range(4 + 4 + 8 + 8 + 16)]
+    np.testing.assert_array_equal(
+        np.concatenate(drawn), np.concatenate([w["tokens"] for w in wanted])
+    )
+    assert sum(counts) == sum(w["loss_mask"].sum() for w in wanted)
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+def test_a_batch_ramp_resumes_exactly(tmp_path, stop):
+    """Stopped where batches become larger, and between; the files' epoch ends on the way."""
+    config = ramped(tmp_path, optim=OptimConfig(lr=1e-2))
+    for name, stops in (("whole", (6,)), ("halves", (stop, 6))):
+        for steps in stops:
+            part = dataclasses.replace(config, loop=LoopConfig(steps=steps))
+            workdir = tmp_path / name
+            loop.run(trainer.build(part, workdir), part.loop, workdir, fingerprint_of=part)
+    assert history(tmp_path / "halves") == history(tmp_path / "whole")
+    assert len(history(tmp_path / "whole")) == 6
+
+
+def test_a_batch_ramp_is_the_same_on_every_mesh(tmp_path):
+    losses = {}
+    for shape, micro_rows in (("data=1", 4), ("data=2", 0), ("fsdp=2", 2)):
+        config = ramped(tmp_path, mesh=shape, micro_rows=micro_rows)
+        built = trainer.build(config, tmp_path)
+        state, run = built.init(), []
+        for at in range(5):
+            state, metrics = built.step(state, built.collect(state, at)[0])
+            run.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+        losses[shape] = run
+    a, b, c = losses.values()
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+    np.testing.assert_allclose(a, c, rtol=1e-4)
+
+
 def init(model):
     return jax.jit(model.init)(jax.random.key(5), jnp.zeros((1, 1), jnp.int32))["params"]
 
@@ -188,8 +257,22 @@ def test_a_run_starts_from_another_ones_directory(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, built.init().params, state.params)
     jax.tree.map(np.testing.assert_array_equal, built.init().params, state.params)  # and again
     assert built.collect(None, 0)[1]["tokens"] > 0  # the tokenizer came along
+    longer = dataclasses.replace(second, rope_theta=5e4, max_position=512, dtype=None)
+    loop.run(trainer.build(longer, tmp_path / "third"), LoopConfig(steps=0), tmp_path / "third")
+    described = configs.load(tmp_path / "third" / "model" / "decoder.json", DecoderConfig)
+    assert described == dataclasses.replace(TINY, rope_theta=5e4, max_position=512)
     saved = checkpoint.load_params(first)
     jax.tree.map(np.testing.assert_array_equal, saved, jax.tree.map(np.asarray, state.params))
+
+
+def test_a_run_of_another_config_is_refused_with_its_model_left_as_it_was(tmp_path):
+    config = make_config(tmp_path, eval_sources=(), loop=LoopConfig(steps=1))
+    loop.run(trainer.build(config, tmp_path), config.loop, tmp_path, fingerprint_of=config)
+    described = (tmp_path / "model" / "decoder.json").read_text()
+    other = dataclasses.replace(config, model=dataclasses.replace(TINY, num_layers=1))
+    with pytest.raises(checkpoint.ConfigMismatch, match="num_layers: 2 != 1"):
+        loop.run(trainer.build(other, tmp_path), other.loop, tmp_path, fingerprint_of=other)
+    assert (tmp_path / "model" / "decoder.json").read_text() == described
 
 
 def test_every_mesh_trains_alike(tmp_path):
@@ -250,6 +333,8 @@ def test_the_config_survives_the_command_line_and_its_file(tmp_path):
         ({"special_tokens": tuple("αβγδ")}, "tokenizer has 261 tokens, the model only 260"),
         ({"data": DataConfig((), seq_len=128)}, "context of 64"),
         ({"data": DataConfig((), seq_len=24, batch_size=12)}, "multiple of 2 devices x micro_rows=4"),
+        ({"batch_ramp": ((0, 4), (9, 16))}, "batch of batch_ramp=4 must be a multiple of 2 devices"),
+        ({"batch_ramp": ((0, 4), (9, 16)), "micro_rows": 2, "max_position": 20}, "context of 20"),
         ({"mesh": "data=2,expert=2"}, "mesh axes"),
         ({"mesh": "model=2"}, "'data' or 'fsdp'"),
         ({"data": DataConfig((), seq_len=24, batch_size=16)}, "data.sources is empty"),
