@@ -16,11 +16,15 @@ from pallas_kernels.moe_dispatch import routing, swiglu
 def block_sizes(num_pairs: int, num_experts: int) -> tuple[int, ...]:
     """Rows per block, largest first, each a multiple of the next, for so many pairs in all."""
     mean = num_pairs / num_experts
-    if mean >= 128:
-        return 256, 32
-    if mean >= 16:
-        return 64, 16
-    return (8,) if num_pairs > 4 else (1,)
+    if mean >= 512:
+        sizes = 256, 32
+    elif mean >= 64:
+        sizes = 128, 32
+    elif mean >= 16:
+        sizes = 64, 16
+    else:
+        sizes = (16, 4) if num_pairs >= 4 else (1,)
+    return tuple(size for size in sizes if size <= num_pairs)
 
 
 def forward(x_ND, gate_EDF, up_EDF, down_EFD, tokens_R, counts_E, *, sizes, keep):

@@ -34,10 +34,10 @@ def _moe_mlp(x_ND, gate_EDF, up_EDF, down_EFD, weights_NK, grouping, sizes):
 
 
 def _forward(x_ND, gate_EDF, up_EDF, down_EFD, weights_NK, grouping, sizes, keep=True):
-    out_RD, kept = jax.lax.platform_dependent(
+    out_RD, kept = _by_platform(
+        functools.partial(blocks.forward, sizes=sizes, keep=keep),
+        functools.partial(ragged.forward, multiple=sizes[-1], keep=keep),
         x_ND, gate_EDF, up_EDF, down_EFD, grouping.tokens_R, grouping.counts_E,
-        cpu=functools.partial(blocks.forward, sizes=sizes, keep=keep),
-        default=functools.partial(ragged.forward, multiple=sizes[-1], keep=keep),
     )  # fmt: skip
     out_NKD = out_RD.at[grouping.rows_NK].get(mode="fill", fill_value=0)  # 0 where dropped
     y_ND = jnp.sum(weights_NK[:, :, None] * out_NKD, axis=1).astype(x_ND.dtype)
@@ -52,11 +52,10 @@ def _backward(sizes, residuals, d_y_ND):
     """
     x_ND, gate_EDF, up_EDF, down_EFD, weights_NK, grouping, kept = residuals
     weights_R = weights_NK.T.reshape(-1).at[grouping.pairs_R].get(mode="fill", fill_value=0)
-    d_x_RD, d_weight_R, d_gate_EDF, d_up_EDF, d_down_EFD = jax.lax.platform_dependent(
-        x_ND, gate_EDF, up_EDF, down_EFD, weights_R, *kept, d_y_ND,
-        grouping.tokens_R, grouping.counts_E,
-        cpu=functools.partial(blocks.backward, sizes=sizes),
-        default=functools.partial(ragged.backward, multiple=sizes[-1]),
+    d_x_RD, d_weight_R, d_gate_EDF, d_up_EDF, d_down_EFD = _by_platform(
+        functools.partial(blocks.backward, sizes=sizes),
+        functools.partial(ragged.backward, multiple=sizes[-1]),
+        x_ND, gate_EDF, up_EDF, down_EFD, weights_R, *kept, d_y_ND, grouping.tokens_R, grouping.counts_E,
     )  # fmt: skip
     d_x_NKD = d_x_RD.at[grouping.rows_NK].get(mode="fill", fill_value=0)
     d_x_ND = jnp.sum(d_x_NKD, axis=1, dtype=jnp.float32).astype(x_ND.dtype)
@@ -65,6 +64,19 @@ def _backward(sizes, residuals, d_y_ND):
 
 
 _moe_mlp.defvjp(_forward, _backward)
+
+
+def _by_platform(on_cpu, elsewhere, *operands):
+    """One of two functions of the operands. Under vmap, one call for each element of the batch:
+
+    loops of different lengths would all run as long as the longest, and `ragged_dot` has no rule.
+    """
+
+    @jax.custom_batching.sequential_vmap
+    def call(*operands):
+        return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
+
+    return call(*operands)
 
 
 def _all_varying(*operands):
