@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.lightning_attention import reference, xla
+from pallas_kernels.manual_axes import same_axes
 
 IMPLEMENTATIONS = {"reference": reference.lightning_attention, "xla": xla.lightning_attention}
 BLOCKS = {"cpu": 64}  # tokens per block that measured fastest; elsewhere
@@ -82,7 +83,7 @@ def lightning_attention(
     inputs = [x.astype(dtype) for x in (q_BTHK, k_BTHK, v_BTHV)]
     inputs.append(jax.lax.stop_gradient(slopes_H).astype(jnp.float32))
     inputs.append(None if initial_state is None else initial_state.astype(jnp.float32))
-    inputs = _same_axes(*inputs, segment_ids, lengths)
+    inputs = same_axes(*inputs, segment_ids, lengths)
     o_BTHV, final_state = IMPLEMENTATIONS[implementation](*inputs, block)
     return o_BTHV.astype(q_BTHK.dtype), final_state
 
@@ -109,16 +110,3 @@ def _shape(x, ndim, name):
 def _need(name, x, shape, kind):
     if x.shape != shape or not jnp.issubdtype(x.dtype, kind):
         raise ValueError(f"{name} must be {kind.__name__} {shape}, got {x.dtype} {x.shape}")
-
-
-def _same_axes(*inputs):
-    """Inside shard_map: all inputs vary over the mesh axes over which any does.
-
-    The gradient of an input that the caller holds unvarying is then summed over them, outside.
-    """
-    axes = [set() if x is None else jax.typeof(x).manual_axis_type.varying for x in inputs]
-    every = frozenset().union(*axes)
-    return [
-        jax.lax.pcast(x, tuple(every - own), to="varying") if every - own else x
-        for x, own in zip(inputs, axes, strict=True)
-    ]

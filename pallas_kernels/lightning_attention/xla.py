@@ -54,7 +54,8 @@ def _forward(q, k, v, slopes_H, initial_state, segment_ids, lengths, block, keep
         state_MKV, o_BTHV, states = carry
         start = index * block
         decay = decays(start, size)
-        q_MCK, k_MCK, v_MCV = (_rows(x, start, size) for x in (q, k, v))
+        unread_q = o_BTHV if K == V else q
+        q_MCK, k_MCK, v_MCV = (_rows(x, start, size) for x in (unread_q, k, v))
         p_MCC = _scale(decay.within_BHCC, _product(q_MCK, k_MCK, transposed=True)).astype(q.dtype)
         o_MCV = _product(p_MCC, v_MCV)
         exit_MKC = _scale(decay.exit_BHC1, k_MCK).astype(q.dtype).swapaxes(1, 2)
@@ -71,7 +72,8 @@ def _forward(q, k, v, slopes_H, initial_state, segment_ids, lengths, block, keep
     state_MKV = None if initial_state is None else initial_state.reshape(B * H, K, V)
     if initial_state is None and T // block > 1:
         state_MKV = jnp.full_like(q, 0, jnp.float32, (B * H, K, V))
-    o_BTHV = jnp.full_like(q, 0, shape=(B, T, H, V))
+    # Where shapes allow, o takes q's place block by block: a large array less if q is not kept.
+    o_BTHV = q if K == V else jnp.full_like(q, 0, shape=(B, T, H, V))
     states = jnp.full_like(q, 0, jnp.float32, (count, B * H, K, V)) if keep else None
     state_MKV, o_BTHV, states = _walk(attend, (state_MKV, o_BTHV, states), T, block)
     return o_BTHV, state_MKV.reshape(B, H, K, V), states

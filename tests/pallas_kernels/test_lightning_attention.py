@@ -440,6 +440,18 @@ def test_no_buffer_grows_with_the_square_of_the_length():
     assert temp(8192) < 4.5 * temp(2048)
 
 
+def test_outputs_take_the_place_of_donated_queries():
+    x = jax.ShapeDtypeStruct((1, 4096, 2, 8), F32)
+
+    def mix(q, k, v):
+        return op.lightning_attention(q, k, v, jnp.ones(2), block=32)[0]
+
+    compiled = jax.jit(mix, donate_argnums=0).lower(x, x, x).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == 4 * x.size  # no second array for the outputs
+    assert memory.temp_size_in_bytes < 4 * x.size / 4
+
+
 @pytest.mark.slow
 def test_a_million_tokens():
     """Final state and last outputs in float64, of slopes that remember 1 to 20,000 tokens and all."""
