@@ -27,13 +27,13 @@ from research.lm.attention import (
     Cache,
     Memory,
     cached_bias,
-    causal_bias,
     segment_positions,
 )
 from research.lm.config import DecoderConfig
 from research.lm.layers import Kernel, RMSNorm, SwiGLU, rope_angles, xavier
 from research.lm.lightning import Lightning, slopes
 from research.lm.moe import MoE, RouterStats
+from research.lm.quantize import dequantize
 
 MIXERS = {"softmax": "attn", "lightning": "lightning"}  # name of a mixer → of its parameters
 
@@ -43,10 +43,10 @@ class Context(NamedTuple):
 
     cos: jax.Array  # [B or 1, T, R/2]
     sin: jax.Array
-    bias_BTS: jax.Array  # what softmax attention sees: 0, else MASKED
-    segment_ids: jax.Array | None  # [B, T]
-    valid_BT: jax.Array | None  # tokens that are not padding; None: all
-    slot: jax.Array | None  # where the cache is written
+    segment_ids: jax.Array | None = None  # [B, T]
+    valid_BT: jax.Array | None = None  # tokens that are not padding; None: all
+    slot: jax.Array | None = None  # where the cache is written,
+    bias_BTS: jax.Array | None = None  # and what softmax attention sees of it: 0, else MASKED
 
 
 class Block(nn.Module):
@@ -76,7 +76,7 @@ class Block(nn.Module):
             )
         else:
             y, memory = Attention(c, name="attn")(
-                u, context.cos, context.sin, context.bias_BTS, memory, context.slot
+                u, context.cos, context.sin, context.segment_ids, memory, context.slot, context.bias_BTS
             )
         x_BTD = join(x_BTD, u, y, getattr(c.residual, self.mixer))
         u, stats = RMSNorm(c.norm_eps, c.param_dtype, name="mlp_norm")(x_BTD), None
@@ -148,13 +148,12 @@ class Decoder(nn.Module):
             )
             bias = cached_bias(positions, seen_BS)
         else:
-            slot, valid_BT = None, None if segment_ids is None else segment_ids > 0
-            bias = causal_bias(T, segment_ids)
+            slot, bias, valid_BT = None, None, None if segment_ids is None else segment_ids > 0
             if positions is None and segment_ids is not None:
                 positions = segment_positions(segment_ids)
             elif positions is None:
                 positions = jnp.arange(T)[None]
-        context = Context(*rope_angles(positions, c), bias, segment_ids, valid_BT, slot)
+        context = Context(*rope_angles(positions, c), segment_ids, valid_BT, slot, bias)
 
         if self.is_initializing():
             self.param("layers", lambda key: _init_layers(c, key))
@@ -255,8 +254,9 @@ def _scan(c, layers, x_BTD, context, keys):
 def _layer(config: DecoderConfig, mixer: str):
     """(params, x_BTD, context, slopes_H, key, memory) → what Block returns, remembered as `remat` says."""
 
-    def apply(params, *args):
-        return Block(config, mixer, parent=None).apply({"params": params}, *args)
+    def apply(params, x_BTD, *args):
+        params = dequantize(params, config.dtype, after=x_BTD)
+        return Block(config, mixer, parent=None).apply({"params": params}, x_BTD, *args)
 
     if config.remat == "none":
         return apply
@@ -275,7 +275,7 @@ def _slopes(c: DecoderConfig) -> jax.Array:
 def _init_layers(c: DecoderConfig, key: jax.Array) -> dict:
     """Fresh stacked parameters of all layers."""
     x_BTD, zero = jnp.zeros((1, 1, c.hidden_size), c.dtype), jnp.zeros((1, 1), jnp.int32)
-    context = Context(*rope_angles(zero, c), causal_bias(1), None, None, None)
+    context = Context(*rope_angles(zero, c))
     slopes_H = jnp.ones(c.num_heads)
 
     def stack(key, mixer, count):

@@ -52,13 +52,19 @@ def quantize(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(convert, params)
 
 
-def dequantize(tree: Any, dtype: Any) -> Any:
-    """`tree` with every `Quantized` leaf as an array of `dtype`; others stay as they are."""
-    restore = lambda leaf: (  # noqa: E731
-        (leaf.values.astype(jnp.float32) * leaf.scale).astype(dtype)
-        if isinstance(leaf, Quantized)
-        else leaf
-    )
+def dequantize(tree: Any, dtype: Any, after: jax.Array) -> Any:
+    """`tree` with every `Quantized` leaf as an array of `dtype`; others stay as they are.
+
+    They are restored when `after`, the layer's input, is there: otherwise the compiler would restore
+    all layers' before a loop that decodes, and keep them.
+    """
+
+    def restore(leaf):
+        if not isinstance(leaf, Quantized):
+            return leaf
+        values, _ = jax.lax.optimization_barrier((leaf.values, after))
+        return (values.astype(jnp.float32) * leaf.scale).astype(dtype)
+
     return jax.tree.map(restore, tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from research.lm.attention import Cache, Memory
 from research.lm.config import DecoderConfig
 from research.lm.decoder import Decoder, head_kernel, unstack
+from research.lm.quantize import Quantized
 from research.lm.sampling import draw, uniform
 
 
@@ -46,10 +47,13 @@ class Weights(flax.struct.PyTreeNode):
 
 def prepare(config: DecoderConfig, params) -> Weights:
     """`config` is what decoding uses: if it is not tied and params are, the head gets a copy."""
-    cast = lambda path, x: x if path[-1].key == "scale" else x.astype(config.dtype)  # noqa: E731
+    kept = lambda path, x: isinstance(x, Quantized) or path[-1].key == "scale"  # noqa: E731
+    cast = lambda path, x: x if kept(path, x) else x.astype(config.dtype)  # noqa: E731
     if "0" not in params["layers"]:
         params = unstack(params, config)
-    params = jax.tree_util.tree_map_with_path(cast, params)
+    params = jax.tree_util.tree_map_with_path(
+        cast, params, is_leaf=lambda x: isinstance(x, Quantized)
+    )
     if not config.tie_embeddings and "head" not in params:
         params = {**params, "head": {"kernel": params["embed"]["embedding"].T}}
     return Weights(params)
