@@ -28,7 +28,9 @@ from research.core import loop, mesh, provenance
 
 KINDS = {  # a config's `kind` → the module with its `Config`, and `build` (a loop.Trainer) or `main` (several)
     "lm": "research.lm.trainer",
+    "dpo": "research.lm.dpo",
     "rl": "research.rl.trainer",
+    "stages": "experiments.stages",
     "quickstart": "experiments.quickstart",
 }
 
