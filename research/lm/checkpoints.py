@@ -7,6 +7,7 @@ import pathlib
 
 from research.core import checkpoint, config
 from research.lm import hf
+from research.lm import quantize as int8
 from research.lm.config import DecoderConfig
 from research.lm.decoder import Decoder
 from research.lm.tokenizer import Tokenizer
@@ -25,12 +26,13 @@ def describe(workdir: str | pathlib.Path, model: Decoder, tokenizer: Tokenizer) 
 
 
 def load(
-    source: str | pathlib.Path, step: int | str | None = None
+    source: str | pathlib.Path, step: int | str | None = None, *, quantize: bool = False
 ) -> tuple[Decoder, dict, Tokenizer]:
     """(model, parameters, tokenizer) of a run or of a Hugging Face directory.
 
     Args:
       step: which checkpoint of a run: a step, 'best', or None for the newest.
+      quantize: large matrices as int8, to decode and score with (`research.lm.quantize`).
 
     Raises:
       ValueError: `source` is neither, or is empty text.
@@ -45,6 +47,7 @@ def load(
     if described.exists():
         model = Decoder(config.load(described, DecoderConfig))
         params = checkpoint.load_params(directory / _CHECKPOINTS, step)
+        params = int8.quantize(params) if quantize else params
         return model, params, Tokenizer.load(directory / _MODEL)
     if not (directory / "config.json").exists():
         raise ValueError(
@@ -55,5 +58,5 @@ def load(
         raise ValueError(
             f"{directory} is a Hugging Face directory, which has no checkpoint {step!r}"
         )
-    model, params = hf.load(directory)
+    model, params = hf.load(directory, quantize=quantize)
     return model, params, Tokenizer.load(directory)

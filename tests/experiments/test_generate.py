@@ -71,6 +71,22 @@ def test_samples_depend_on_seed_and_place_not_on_the_batch(directory, tmp_path):
     assert all(a["completion"] != b["completion"] for a, b in zip(rows, other, strict=True))
 
 
+def test_int8_from_both_kinds_of_directory(directory, tmp_path):
+    """Of a hybrid with experts: near the exact log-probability, and not it."""
+    hybrid = tiny.write(tmp_path / "hybrid", layout="minimax", hidden_size=32)
+    model, params = hf.load(hybrid)
+    checkpoints.describe(tmp_path, model, Tokenizer.load(hybrid))
+    saver = Checkpointer(tmp_path / "checkpoints")
+    saver.save(1, TrainState.create(params, optax.sgd(0.1), jax.random.key(0)))
+    saver.close()
+    settings = {"prompt": PROMPTS[:1], "max_new_tokens": 1, "temperature": 0.0}
+    exact = run(hybrid, tmp_path, **settings)[0]["logprob"]
+    int8 = run(hybrid, tmp_path, **settings, int8=True)[0]["logprob"]
+    assert 0 < abs(int8 - exact) < 0.1
+    again = run(hybrid, tmp_path, **settings, int8=True, hf=None, run=str(tmp_path))
+    assert again[0]["logprob"] == int8
+
+
 def test_prompts_file_and_chat(directory, tmp_path):
     file = tmp_path / "prompts.jsonl"
     talk = [{"role": "user", "content": "2+2="}]

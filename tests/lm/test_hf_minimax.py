@@ -507,6 +507,8 @@ def test_int8_while_reading_is_int8_afterwards(published, monkeypatch):
         monkeypatch.setattr(filling, "HOST_BYTES", host_bytes)
         assert_same_tree(hf.load(path, quantize=True)[1], expected)
     monkeypatch.undo()
+    with pytest.raises(ValueError, match="moe/down/kernel is int8"):
+        hf.save(path.parent / "saved", Decoder(CONFIG), expected)
     mesh = meshes.make({"data": 2, "model": 4})
     _, spread = hf.load(path, quantize=True, mesh=mesh, rules=RULES)
     assert_same_tree(spread, expected)

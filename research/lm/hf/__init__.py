@@ -297,7 +297,9 @@ def _choose_layout(name: str | None, config: Any) -> tuple[Layout, dict[str, Any
 def _check_params(shapes: Mapping[str, tuple[int, ...]], flat: Mapping[str, Any]) -> None:
     problems = [f"{path} is missing" for path in shapes if path not in flat]
     for path, leaf in flat.items():
-        if path not in shapes:
+        if isinstance(leaf, int8.Quantized):
+            problems.append(f"{path} is int8, which no layout here can say")
+        elif path not in shapes:
             problems.append(f"{path} is unexpected")
         elif tuple(leaf.shape) != shapes[path]:
             problems.append(f"{path} is {tuple(leaf.shape)}, the model's is {shapes[path]}")
