@@ -1,7 +1,7 @@
 """Synthetic sequences with checkable answers: recall, needles, tracking, counting, and a language of known entropy.
 
-A task draws one example from a key, on the device: tokens, the target of each position, and weights that are 1 where
-an answer is due. Answers are functions of the tokens before them, so they can be worked out from an example alone.
+A task makes an example of uniform numbers, on the device: tokens, the target of each position, and weights that are 1
+where an answer is due. Answers are functions of the tokens before them, and can be worked out from an example alone.
 Drawing is by split: no key of one split is a key of another, and models of all seeds are evaluated on the same draws.
 
     Recall      the multi-query associative recall of the MQAR kind (Arora et al. 2023)
@@ -41,15 +41,37 @@ class Example(NamedTuple):
 
 
 class Task(Protocol):
+    """`length`: tokens of an example."""
+
     @property
-    def length(self) -> int:
-        """Tokens of an example."""
+    def length(self) -> int: ...
 
     @property
     def vocab_size(self) -> int: ...
 
-    def example(self, key: jax.Array) -> Example:
+    def example(self, noise: "Noise") -> Example:
         """One example; traceable, with static shapes."""
+
+
+class Noise:
+    """Uniform numbers, handed out in order: all that is random in an example.
+
+    One array for a whole batch of many tasks, because on a CPU every call of a generator is a large program.
+    """
+
+    def __init__(self, uniform_U: jax.Array | None):
+        self.uniform_U = uniform_U  # None: only count
+        self.used = 0
+
+    def uniform(self, count: int) -> jax.Array:
+        start, self.used = self.used, self.used + count
+        return jnp.zeros(count) if self.uniform_U is None else self.uniform_U[start : self.used]
+
+    def integers(self, count: int, below: int | jax.Array) -> jax.Array:
+        return jnp.minimum((self.uniform(count) * below).astype(jnp.int32), below - 1)
+
+    def permutation(self, size: int) -> jax.Array:
+        return jnp.argsort(self.uniform(size))
 
 
 def stream(split: Split, seed: int | jax.Array = 0) -> jax.Array:
@@ -58,10 +80,35 @@ def stream(split: Split, seed: int | jax.Array = 0) -> jax.Array:
 
 
 def batch(task: Task, key: jax.Array, size: int) -> Example:
-    """`size` independent examples, stacked."""
-    if isinstance(task, Mixture):
-        return task.batch(key, size)
-    return jax.vmap(task.example)(jax.random.split(key, size))
+    """`size` independent examples, stacked; a mixture's tasks one after the other, padded on the right.
+
+    Raises ValueError for a size that has no equal shares for all tasks.
+    """
+    parts = task.tasks if isinstance(task, Mixture) else (task,)
+    if size % len(parts):
+        raise ValueError(f"a batch of {size} has no equal shares for {len(parts)} tasks")
+    share = size // len(parts)
+    uniform_BU = jax.random.uniform(key, (size, max(map(_numbers, parts))))
+    drawn = [
+        jax.vmap(lambda u, part=part: part.example(Noise(u)))(
+            uniform_BU[i * share : (i + 1) * share]
+        )
+        for i, part in enumerate(parts)
+    ]
+
+    def joined(*arrays):
+        pads = [((0, 0), (0, task.length - x.shape[1])) for x in arrays]
+        return jnp.concatenate([jnp.pad(x, p) for x, p in zip(arrays, pads, strict=True)])
+
+    return jax.tree.map(joined, *drawn)
+
+
+@functools.cache
+def _numbers(task: Task) -> int:
+    """How many uniform numbers an example takes."""
+    noise = Noise(None)
+    jax.eval_shape(lambda: task.example(noise))
+    return noise.used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +135,10 @@ class Recall:
     def vocab_size(self) -> int:
         return self.keys + self.values
 
-    def example(self, key: jax.Array) -> Example:
-        key_rng, value_rng, query_rng = jax.random.split(key, 3)
-        keys = jax.random.permutation(key_rng, self.keys)[: self.pairs]
-        values = self.keys + jax.random.randint(value_rng, (self.pairs,), 0, self.values)
-        asked = jax.random.randint(query_rng, (self.queries,), 0, self.pairs)
+    def example(self, noise: Noise) -> Example:
+        keys = noise.permutation(self.keys)[: self.pairs]
+        values = self.keys + noise.integers(self.pairs, self.values)
+        asked = noise.integers(self.queries, self.pairs)
         body = jnp.stack([keys, values], axis=1).reshape(-1)
         return _with_questions(body, keys[asked], values[asked])
 
@@ -170,18 +216,17 @@ class Needles(_InWords):
     def _slots(self) -> int:
         return (self._body - self.value_length) // self._width
 
-    def example(self, key: jax.Array) -> Example:
-        w, rngs = self.words, jax.random.split(key, 4)
-        body = _fillers(rngs[0], self._body, w)
-        keys = w.first_key + jax.random.permutation(rngs[1], w.keys)[: self.needles]
-        values = w.first_value + jax.random.randint(
-            rngs[2], (self.needles, self.value_length), 0, w.values
-        )
+    def example(self, noise: Noise) -> Example:
+        w, count = self.words, self.needles
+        body = _fillers(noise, self._body, w)
+        keys = w.first_key + noise.permutation(w.keys)[:count]
+        values = w.first_value + noise.integers(count * self.value_length, w.values)
+        values = values.reshape(count, self.value_length)
         if self.depth is None:
-            starts = _starts(rngs[3], self._body, self._width, self.needles)
+            starts = _starts(noise, self._body, self._width, count)
         else:
             at = round(self.depth * (self._body - self._width))
-            starts = _starts(rngs[3], self._body, self._width, self.needles, at)
+            starts = _starts(noise, self._body, self._width, count, at)
         pairs = jnp.concatenate([keys[:, None], values], axis=1)
         body = body.at[starts[:, None] + jnp.arange(self._width)].set(pairs)
         asked = pairs[: self.queries, :-1]
@@ -212,15 +257,15 @@ class Tracking(_InWords):
     def _assignments(self) -> int:
         return self.chains * (self.hops + 1)
 
-    def example(self, key: jax.Array) -> Example:
-        w, rngs = self.words, jax.random.split(key, 4)
+    def example(self, noise: Noise) -> Example:
+        w = self.words
         count, links = self.length - 1, self.hops + 1
-        body = _fillers(rngs[0], count, w)
-        variables = w.first_key + jax.random.permutation(rngs[1], w.keys)[: self._assignments]
+        body = _fillers(noise, count, w)
+        variables = w.first_key + noise.permutation(w.keys)[: self._assignments]
         variables = variables.reshape(self.chains, links)
-        values = w.first_value + jax.random.randint(rngs[2], (self.chains, 1), 0, w.values)
+        values = w.first_value + noise.integers(self.chains, w.values)[:, None]
         sources = jnp.concatenate([values, variables[:, :-1]], axis=1)
-        starts = _starts(rngs[3], count, 2, self._assignments).reshape(self.chains, links)
+        starts = _starts(noise, count, 2, self._assignments).reshape(self.chains, links)
         starts = jnp.sort(starts, axis=1)  # a variable is assigned before it is read
         body = body.at[starts].set(variables).at[starts + 1].set(sources)
         return _with_questions(body, variables[0, -1:], values[0])
@@ -236,13 +281,11 @@ class Counting(_InWords):
         if not 1 <= self.most <= min(self.words.values, self.length - 2):
             raise ValueError(f"cannot count to {self.most} in {self.length} tokens")
 
-    def example(self, key: jax.Array) -> Example:
-        w, rngs = self.words, jax.random.split(key, 4)
-        size = self.length - 2
-        number = jax.random.randint(rngs[0], (), 1, self.most + 1)
-        word = jax.random.randint(rngs[1], (), w.first_key, w.first_value)
-        ranks = jnp.argsort(jax.random.uniform(rngs[2], (size,)))
-        body = jnp.where(ranks < number, word, _fillers(rngs[3], size, w))
+    def example(self, noise: Noise) -> Example:
+        w, size = self.words, self.length - 2
+        number = 1 + noise.integers(1, self.most)[0]
+        word = w.first_key + noise.integers(1, w.keys)[0]
+        body = jnp.where(noise.permutation(size) < number, word, _fillers(noise, size, w))
         body = jnp.append(body, COUNT)
         return _with_questions(body, word[None], (w.first_value + number - 1)[None])
 
@@ -262,13 +305,12 @@ class CommonWord(_InWords):
     def _others(self) -> int:
         return self.words.fillers - 1
 
-    def example(self, key: jax.Array) -> Example:
+    def example(self, noise: Noise) -> Example:
         w, size = self.words, self.length - 1
-        place_rng, name_rng = jax.random.split(key)
         common = round(self.share * size)
-        ranks = jnp.argsort(jax.random.uniform(place_rng, (size,)))
+        ranks = noise.permutation(size)
         which = jnp.where(ranks < common, 0, 1 + (ranks - common) % self._others)
-        names = w.first_filler + jax.random.permutation(name_rng, w.fillers)
+        names = w.first_filler + noise.permutation(w.fillers)
         return _with_questions(names[which], jnp.array([COMMON]), names[:1])
 
 
@@ -311,27 +353,24 @@ class Language:
         p = self.probabilities
         return float(-(p * np.log(p)).sum())
 
-    def example(self, key: jax.Array) -> Example:
+    def example(self, noise: Noise) -> Example:
         class_VV, order_CV = map(jnp.asarray, _language_tables(self))
-        rank_rng, start_rng, block_rng, copy_rng = jax.random.split(key, 4)
         size = self.length + 1
         cdf = jnp.asarray(np.cumsum(self.probabilities), jnp.float32)
-        draws = jax.random.uniform(rank_rng, (size,))
-        ranks_T = jnp.minimum(jnp.searchsorted(cdf, draws, side="right"), self.vocab - 1)
+        ranks_T = jnp.sum(noise.uniform(size)[:, None] >= cdf[:-1], axis=1)
 
         def say(past, rank):
             symbol = order_CV[class_VV[past], rank]
             return (past[1], symbol), symbol
 
-        start = jax.random.randint(start_rng, (2,), 0, self.vocab)
+        start = noise.integers(2, self.vocab)
         _, symbols_T = jax.lax.scan(say, (start[0], start[1]), ranks_T)
         count = self.length // self.block
-        copied = jax.random.uniform(copy_rng, (count,)) < self.repeat
-        copied = copied.at[0].set(False)
-        # The source of a copy is any earlier block that is none itself.
-        scores = jax.random.uniform(block_rng, (count, count))
-        eligible = jnp.tril(jnp.ones((count, count), bool), -1) & ~copied
-        source = jnp.argmax(jnp.where(eligible, scores, -1.0), axis=1)
+        copied = (noise.uniform(count) < self.repeat).at[0].set(False)
+        # The source of a copy is any earlier block that is none itself: the r-th of them.
+        before = jnp.cumsum(~copied) - ~copied
+        chosen = (noise.uniform(count) * before).astype(jnp.int32)
+        source = jnp.argmax(~copied & (before == chosen[:, None]), axis=1)
         source = jnp.where(copied, source, jnp.arange(count))
         said = symbols_T[:-1].reshape(count, self.block)[source].reshape(-1)
         said = jnp.append(said, symbols_T[-1]).astype(jnp.int32)
@@ -349,7 +388,7 @@ def _language_tables(language: Language) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Equal shares of every batch from each of `tasks`; shorter examples are padded on the right."""
+    """Equal shares of every batch from each of `tasks`."""
 
     tasks: tuple[Task, ...]
 
@@ -364,20 +403,6 @@ class Mixture:
     @property
     def vocab_size(self) -> int:
         return max(task.vocab_size for task in self.tasks)
-
-    def batch(self, key: jax.Array, size: int) -> Example:
-        if size % len(self.tasks):
-            raise ValueError(f"a batch of {size} has no equal shares for {len(self.tasks)} tasks")
-        parts = [
-            batch(task, rng, size // len(self.tasks))
-            for task, rng in zip(self.tasks, jax.random.split(key, len(self.tasks)), strict=True)
-        ]
-
-        def joined(*arrays):
-            pads = [((0, 0), (0, self.length - x.shape[1])) for x in arrays]
-            return jnp.concatenate([jnp.pad(x, p) for x, p in zip(arrays, pads, strict=True)])
-
-        return jax.tree.map(joined, *parts)
 
 
 def ruler(length: int, words: Words = Words()) -> dict[str, Task]:
@@ -405,18 +430,17 @@ def _with_questions(body: jax.Array, asked: jax.Array, answers: jax.Array) -> Ex
     return Example(tokens, targets, (jnp.arange(length) >= start).astype(jnp.float32))
 
 
-def _fillers(key: jax.Array, size: int, words: Words) -> jax.Array:
-    return words.first_filler + jax.random.randint(key, (size,), 0, words.fillers)
+def _fillers(noise: Noise, size: int, words: Words) -> jax.Array:
+    return words.first_filler + noise.integers(size, words.fillers)
 
 
-def _starts(key: jax.Array, size: int, width: int, count: int, first: int | None = None):
+def _starts(noise: Noise, size: int, width: int, count: int, first: int | None = None):
     """Where `count` spans of `width` tokens start in `size`, apart from each other; one at `first` if given."""
-    slot_rng, offset_rng = jax.random.split(key)
     if first is None:
         slots = (size - width + 1) // width
-        offset = jax.random.randint(offset_rng, (), 0, width)
-        return offset + width * jax.random.permutation(slot_rng, slots)[:count]
+        offset = noise.integers(1, width)[0]
+        return offset + width * noise.permutation(slots)[:count]
     offset = first % width
-    order = jax.random.permutation(slot_rng, (size - offset) // width)
+    order = noise.permutation((size - offset) // width)
     order = jnp.where(order == first // width, order[0], order).at[0].set(first // width)
     return offset + width * order[:count]

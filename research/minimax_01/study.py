@@ -89,17 +89,27 @@ def evaluate(
 ) -> dict[str, np.ndarray]:
     """Figures of every member on `batches` batches of a split, the same for all; float64 `[members]`.
 
-    loss: nats per answer; accuracy: answers whose most likely token is right; exact: examples with all answers right.
+    loss: nats per answer; accuracy: answers whose most likely token is right; exact: examples with all answers right;
+    by_task, [members, tasks]: the accuracy on each part of a mixture.
     """
+    task = task or study.task
     count = jax.tree.leaves(params)[0].shape[0]
-    sums = _evaluation(study.model, task or study.task, split, batches, size, count)(params)
-    loss, right, answers, exact = (np.asarray(x, np.float64) for x in sums)
-    return {"loss": loss / answers, "accuracy": right / answers, "exact": exact / (batches * size)}
+    sums = _evaluation(study.model, task, split, batches, size, count)(params)
+    loss, right, answers, exact = np.moveaxis(np.asarray(sums, np.float64), 1, 0)  # [members, rows]
+    parts = len(task.tasks) if isinstance(task, retrieval.Mixture) else 1
+    by_task = [x.reshape(count, parts, -1).sum(-1) for x in (right, answers)]
+    total = answers.sum(1)
+    return {
+        "loss": loss.sum(1) / total,
+        "accuracy": right.sum(1) / total,
+        "exact": exact.sum(1) / (batches * size),
+        "by_task": by_task[0] / by_task[1],
+    }
 
 
 def choose(trained: Trained, index: int) -> Any:
-    """The parameters of one member, as `Decoder.apply` takes them."""
-    return jax.tree.map(lambda x: x[index], trained.params)
+    """The parameters of one member, still with an axis of members, as `evaluate` takes them; on the host."""
+    return jax.tree.map(lambda x: np.asarray(x)[index : index + 1], trained.params)
 
 
 @functools.lru_cache(maxsize=4)
@@ -140,14 +150,12 @@ def _evaluation(
             data = retrieval.batch(task, jax.random.fold_in(retrieval.stream(split), index), size)
             logits, _ = _logits(config, params, data)
             right = (jnp.argmax(logits, -1) == data.targets) * data.weights
-            missed = jnp.sum(data.weights - right, axis=1)
-            new = jnp.stack(
-                [jnp.sum(_nll(logits, data)), right.sum(), data.weights.sum(), jnp.sum(missed == 0)]
-            )
+            answers = data.weights.sum(1)
+            exact = right.sum(1) == answers
+            new = jnp.stack([_nll(logits, data).sum(1), right.sum(1), answers, exact])
             return sums + new, None
 
-        sums, _ = jax.lax.scan(add, jnp.zeros(4), jnp.arange(batches))
-        return tuple(sums)
+        return jax.lax.scan(add, jnp.zeros((4, size)), jnp.arange(batches))[0]
 
     return _over_members(run, count)
 
