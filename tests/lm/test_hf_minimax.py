@@ -18,7 +18,7 @@ from research.lm import hf, lightning, quantize
 from research.lm.config import DecoderConfig, LightningConfig, MoEConfig, Residual
 from research.lm.decoder import Decoder
 from research.lm.hf import files, filling, tiny
-from research.lm.presets import PRESETS
+from research.lm.presets import PRESETS, num_params
 from research.lm.tokenizer import Tokenizer
 
 V, D, L, H, N, K, F, E = 40, 24, 4, 4, 2, 10, 12, 3  # K is not D / H
@@ -325,6 +325,20 @@ def test_the_released_config():
     assert native["rope_parameters"]["partial_rotary_factor"] == 0.5
     back = ours.read_config(native)
     assert dataclasses.replace(back, lightning=preset.lightning) == preset
+
+
+def test_the_released_tensors():
+    """8,243 of them: MiniMax-VL-01's 8,637 are these and its vision tower's and adapter's 394."""
+    layout = hf.LAYOUTS["minimax_text_01"]
+    config = PRESETS["text_01"]
+    sizes = layout.sizes(config)
+    shapes = {b.name: b.shape for param in layout.params(config) for b in param.blocks(sizes)}
+    vision = 24 * 16 + 5 + 4 + 1  # layers of a ViT, its embeddings and norm, the MLP, a newline
+    assert len(shapes) == 8637 - vision
+    assert shapes["model.layers.78.self_attn.qkv_proj.weight"] == (24576, 6144)
+    assert shapes["model.layers.79.self_attn.k_proj.weight"] == (1024, 6144)
+    assert shapes["model.layers.79.block_sparse_moe.experts.31.w2.weight"] == (6144, 9216)
+    assert sum(np.prod(shape) for shape in shapes.values()) == num_params(config)
 
 
 @pytest.mark.parametrize(
