@@ -173,7 +173,7 @@ PRESETS: dict[str, DecoderConfig] = {
         residual=Residual.deepnorm(8), init="deepnorm", rotary_dim=32, max_position=2**18,
     ),
     "quickstart-hybrid": dataclasses.replace(
-        _small(vocab=40, layers=4), mixers=("lightning",) * 3 + ("softmax",), mlp_size=176,
+        _small(vocab=40, layers=3), mixers=("lightning", "lightning", "softmax"), mlp_size=176,
         moe=MoEConfig(4), rotary_dim=16,
     ),
 }  # fmt: skip

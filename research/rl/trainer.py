@@ -31,6 +31,7 @@ from research.lm.decoder import Decoder
 from research.lm.logprobs import token_logprobs
 from research.lm.sampler import Sampler, Sampling
 from research.lm.tokenizer import Tokenizer
+from research.lm.trainer import balancing
 from research.rewards import RewardConfig, Rewarder
 from research.rl import advantages
 from research.rl.losses import LossConfig, policy_loss, token_weights
@@ -196,11 +197,14 @@ def build(
     """
     if model is None:
         model, params, tokenizer = checkpoints.load(config.init_from)
-    model = Decoder(
-        dataclasses.replace(
-            model.config, dtype=config.dtype, remat=config.remat, scan_layers=config.scan_layers
-        )
+    shape = dataclasses.replace(
+        model.config, dtype=config.dtype, remat=config.remat, scan_layers=config.scan_layers
     )
+    if shape.moe is not None:  # scored as they are sampled: no expert is ever full
+        shape = dataclasses.replace(
+            shape, moe=dataclasses.replace(shape.moe, capacity_factor=0.0, jitter=0.0)
+        )
+    model = Decoder(shape)
     return _Run(config, pathlib.Path(workdir), model, params, tokenizer).trainer()
 
 
@@ -472,7 +476,8 @@ class _Run:
         metrics["entropy"] = Mean(
             jnp.where(mask, jax.lax.stop_gradient(entropy), 0.0).sum(), mask.sum()
         )
-        return loss, metrics
+        balance, more = balancing(self.model.config, router, jnp.sum(batch["weights"]))
+        return loss + balance, metrics | more
 
     def _save_samples(self, episodes: Episodes, step: int) -> None:
         path = self.workdir / "samples" / f"rollout_{step + 1:06d}.jsonl"

@@ -23,7 +23,7 @@ TINY = DecoderConfig(
     head_dim=6,
     mlp_size=10,
     mixers=("lightning", "softmax"),
-    moe=MoEConfig(num_experts=5, top_k=2),
+    moe=MoEConfig(num_experts=3, top_k=2),
     residual=Residual(True, (1.7, 0.9), (1.6, 1.1), (1.5, 0.8)),
     rotary_dim=4,
     rope_theta=100.0,
@@ -32,8 +32,8 @@ TINY = DecoderConfig(
 )
 KINDS = {
     "hybrid": TINY,
-    "7:1": dataclasses.replace(
-        TINY, num_layers=8, mixers=("lightning",) * 7 + ("softmax",), residual=Residual.deepnorm(8)
+    "3:1": dataclasses.replace(
+        TINY, mixers=("lightning",) * 3 + ("softmax",), residual=Residual.deepnorm(4)
     ),
     "softmax first": dataclasses.replace(TINY, num_layers=3, mixers=("softmax", "lightning", "lightning")),
     "lightning": dataclasses.replace(
@@ -149,9 +149,9 @@ def test_logits_equal_the_equations(kind, scan):
         np.testing.assert_allclose(got, want, atol=2e-4 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "7:1"])
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
-def test_gradients_agree_however_layers_are_run(kind, remat):
+def test_gradients_agree_however_layers_are_run(remat):
+    kind = "hybrid"
     params, batch = init(KINDS[kind]), tokens()
 
     def gradient(**how):
@@ -193,7 +193,7 @@ def decode_all(config, params, batch, chunks, pad=0, S=32):
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize("chunks, pad", [((9,), 0), ((1,) * 9, 0), ((4, 4, 1), 0), ((7, 5), 3), ((2,) * 7, 5)])
+@pytest.mark.parametrize("chunks, pad", [((1,) * 9, 0), ((4, 4, 1), 0), ((7, 7), 5)])
 def test_cached_chunks_equal_the_full_forward(kind, chunks, pad):
     config, batch = KINDS[kind], tokens()
     params = init(config)
@@ -210,8 +210,7 @@ def test_padding_with_a_trace_would_be_seen():
     assert np.abs(unmasked - apply(config, params, batch)).max() > 1e-2
 
 
-@pytest.mark.parametrize("mesh_devices", [1, 2])
-@pytest.mark.parametrize("kind", ["hybrid", "7:1"])
+@pytest.mark.parametrize("kind, mesh_devices", [("hybrid", 2), ("3:1", 1)])
 def test_sampled_logprobs_are_the_scores_whoever_sat_in_the_slot_before(kind, mesh_devices):
     config = dataclasses.replace(KINDS[kind], max_position=64)
     params, model = init(config), Decoder(config)
@@ -250,15 +249,15 @@ def test_long_prompts_go_through_in_chunks(monkeypatch):
 
 
 def test_router_statistics_are_collected_for_every_layer():
-    config = KINDS["7:1"]
+    config = KINDS["3:1"]  # four layers, three experts
     segments = jnp.asarray([[1] * 5 + [0] * 4, [1] * 9])
     params = init(config)
     for scan in (True, False):
         model = Decoder(dataclasses.replace(config, scan_layers=scan))
         stats = token_logprobs(model, params, tokens(), segment_ids=segments).router
-        np.testing.assert_array_equal(stats.tokens, np.full(8, 14.0))  # padding does not count
-        assert stats.load_E.shape == (8, 5)
-        np.testing.assert_array_equal(stats.load_E.sum(1), np.full(8, 28.0))
+        np.testing.assert_array_equal(stats.tokens, np.full(4, 14.0))  # padding does not count
+        assert stats.load_E.shape == (4, 3)
+        np.testing.assert_array_equal(stats.load_E.sum(1), np.full(4, 28.0))
     assert token_logprobs(Decoder(KINDS["lightning"]), init(KINDS["lightning"]), tokens()).router is None
 
 

@@ -2,6 +2,9 @@
 
 Expected on held-out problems: pass@1 from about 0.16 to 0.85, "wait" from 2 % of the responses to most of those to
 problems with a product. `--config.zero.seed=1 --config.base.seed=1` gives another seed.
+
+`quickstart.py:hybrid` does the same with a model like MiniMax-Text-01's: lightning attention, one layer of softmax
+attention, experts.
 """
 
 from experiments.quickstart import Config
@@ -18,15 +21,19 @@ from research.rl.trainer import EvalConfig, RolloutConfig
 from research.tasks import TaskConfig
 
 
+MODELS = {"": "quickstart", "hybrid": "quickstart-hybrid"}  # argument → preset
+
+
 def get_config(arg: str = ""):
-    del arg
-    return to_config_dict(config())
+    return to_config_dict(config(arg))
 
 
-def config() -> Config:
+def config(arg: str = "") -> Config:
+    if arg not in MODELS:
+        raise ValueError(f"quickstart.py:{arg}: the argument can be {', '.join(filter(None, MODELS))}, or none")
     return Config(
         base=lm.Config(
-            model=PRESETS["quickstart"],
+            model=PRESETS[MODELS[arg]],
             data=DataConfig(seq_len=128, batch_size=12, shuffle=False),
             micro_rows=3,
             optim=OptimConfig(
