@@ -493,15 +493,12 @@ def test_straight_into_sharded_arrays(fused, host_bytes, published, monkeypatch)
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_the_host_holds_little_more_than_the_largest_tensor(int8, tmp_path, monkeypatch):
-    """Of a stacked parameter that is 48 times as large; JAX's own buffers are not counted."""
-    config = dataclasses.replace(
-        CONFIG, vocab_size=64, hidden_size=256, mlp_size=256, num_layers=8,
-        moe=MoEConfig(8), mixers=("lightning",) * 7 + ("softmax",),
-    )
+    """A stacked parameter is 32 times as large. JAX's own buffers are not counted."""
+    config = dataclasses.replace(CONFIG, hidden_size=256, mlp_size=512, moe=MoEConfig(8))
     shapes = hf.LAYOUTS["minimax_text_01"].shapes(config)
     params = hf._nest({path: np.ones(shape, np.float32) for path, shape in shapes.items()})
     hf.save(tmp_path / "model", Decoder(config), params, "minimax_text_01")
-    largest, whole = 256 * 256 * 4, 8 * 8 * 3 * 256 * 256 * 4
+    largest, whole = 256 * 512 * 4, 4 * 8 * 3 * 256 * 512 * 4
     monkeypatch.setattr(filling, "HOST_BYTES", largest)
     hf.load(tmp_path / "model", quantize=int8)  # compiles
     tracemalloc.start()
@@ -511,7 +508,7 @@ def test_the_host_holds_little_more_than_the_largest_tensor(int8, tmp_path, monk
     finally:
         tracemalloc.stop()
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(loaded)) > (0.25 if int8 else 1) * whole
-    assert peak < 5 * largest < whole / 32
+    assert peak < 5 * largest < whole / 16
 
 
 def test_int8_while_reading_is_int8_afterwards(published, monkeypatch):
