@@ -15,14 +15,19 @@ import jax
 import jax.numpy as jnp
 
 MASKED = -1e30  # finite, so that no row can turn into NaN
-DENSE = 1024  # the longest sequence whose scores are kept whole
-BLOCK = 256  # tokens, of queries and of keys
+# The longest sequence in the dense form, and then the most tokens in a block, of queries and of
+# keys. Measured on CPU, where a block's scores should stay in cache; elsewhere memory decides.
+DENSE, BLOCK = {"cpu": 256}, {"cpu": 128}
+DEFAULT_DENSE, DEFAULT_BLOCK = 2048, 512
 
 
 def flash_attention(q_BTNGK, k_BTNK, v_BTNK, segment_ids):
-    if q_BTNGK.shape[1] <= DENSE:
-        return dense(q_BTNGK, k_BTNK, v_BTNK, _bias(q_BTNGK.shape[1], segment_ids))
-    return blocked(q_BTNGK, k_BTNK, v_BTNK, segment_ids, BLOCK)
+    T, platform = q_BTNGK.shape[1], jax.default_backend()
+    if T <= DENSE.get(platform, DEFAULT_DENSE):
+        return dense(q_BTNGK, k_BTNK, v_BTNK, _bias(T, segment_ids))
+    count = -(-T // BLOCK.get(platform, DEFAULT_BLOCK))
+    block = -(-T // count // 8) * 8  # the least padding, in whole vectors
+    return blocked(q_BTNGK, k_BTNK, v_BTNK, segment_ids, block)
 
 
 def _bias(T, segment_ids):
@@ -158,25 +163,29 @@ blocked.defvjp(_blocked, _blocked_gradient)
 
 
 def _masks(q_IMRK, segment_ids, block):
-    """First block of keys for each block of queries, and scores -> scores with MASKED ones."""
-    I, M, R, _ = q_IMRK.shape
+    """First block of keys for each block of queries, and scores -> scores with MASKED ones.
+
+    Segments are contiguous, so a query sees the keys from its segment's start to itself.
+    """
+    I = len(q_IMRK)
     first_I = jnp.full_like(q_IMRK, 0, jnp.int32, (I,))
     if segment_ids is not None:
-        T = segment_ids.shape[1]
-        time_T = jnp.arange(T)
+        B, T = segment_ids.shape
         begins_BT = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
-        starts_BT = jax.lax.cummax(jnp.where(begins_BT, time_T, 0), axis=1)
+        starts_BT = jax.lax.cummax(jnp.where(begins_BT, jnp.arange(T), 0), axis=1)
         first_I = jnp.min(starts_BT[:, ::block], axis=0) // block
-        ids_BIC = jnp.pad(segment_ids, ((0, 0), (0, I * block - T))).reshape(-1, I, block)
+        starts_BIC = jnp.pad(starts_BT, ((0, 0), (0, I * block - T))).reshape(B, I, block)
 
     def masked(scores_MRS, i, j, diagonal):
         if not diagonal and segment_ids is None:
             return scores_MRS
-        sees_BTS = jnp.tril(jnp.ones((1, block, block), bool)) if diagonal else True
+        keys_S = jnp.arange(block)
+        sees = keys_S <= keys_S[:, None] if diagonal else True
         if segment_ids is not None:
-            sees_BTS &= ids_BIC[:, i, :, None] == ids_BIC[:, j, None]
-        scores = scores_MRS.reshape(len(sees_BTS), -1, block, block)
-        return jnp.where(sees_BTS[:, None], scores, MASKED).reshape(scores_MRS.shape)
+            starts_BC = starts_BIC[:, i] - j * block
+            sees &= keys_S >= starts_BC[:, None, :, None]
+        scores = scores_MRS.reshape(1 if segment_ids is None else B, -1, block, block)
+        return jnp.where(sees, scores, MASKED).reshape(scores_MRS.shape)
 
     return first_I, masked
 
