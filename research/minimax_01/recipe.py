@@ -138,6 +138,17 @@ def pretraining(
     )
 
 
+def scaling_law(model: DecoderConfig, sources: tuple[SourceConfig, ...] = (), *, tokens: float = 300e9) -> lm.Config:
+    """A run of the scaling-law experiments (section 2.4, Table 2): batches of 4M tokens, a fixed rate of 3e-4."""
+    rows, seq_len = 512, 8192
+    return lm.Config(
+        model=model,
+        data=DataConfig(sources, seq_len=seq_len, batch_size=rows),
+        optim=dataclasses.replace(ADAMW, lr=3e-4),
+        loop=LoopConfig(steps=round(tokens / (rows * seq_len))),
+    )
+
+
 def post_training(
     stage: PostTraining, sources: tuple[SourceConfig, ...], examples: int
 ) -> lm.Config | dpo.Config:

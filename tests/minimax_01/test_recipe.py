@@ -66,6 +66,14 @@ def test_budgets_without_room_for_the_phases_are_refused():
         recipe.pretraining(model, tokens=1e4, seq_len=64, rows=64)
 
 
+def test_a_run_of_the_scaling_laws():
+    config = recipe.scaling_law(PRESETS["minimax-70m-hybrid"])
+    assert config.data.batch_size * config.data.seq_len == 2**22
+    assert config.loop.steps * 2**22 == pytest.approx(300e9, rel=1e-4)
+    rate = optim.schedule(config.optim, config.loop.steps)
+    assert float(rate(0)) == float(rate(config.loop.steps)) == np.float32(3e-4)
+
+
 def test_table_7():
     stages = {stage.name: stage for stage in recipe.POST_TRAINING}
     first = recipe.post_training(stages["sft_short"], (PAIRS,), 1000)
