@@ -20,7 +20,6 @@ from research.rl.losses import LossConfig
 from research.rl.trainer import EvalConfig, RolloutConfig
 from research.tasks import TaskConfig
 
-
 MODELS = {"": "quickstart", "hybrid": "quickstart-hybrid"}  # argument → preset
 
 
