@@ -133,7 +133,7 @@ def loss_fn(model: Decoder, params: Any, batch: dict[str, jax.Array]):
     tokens and 0 elsewhere make the sum over all rows the mean negative log-likelihood.
 
     With experts, aux_coef · Σ_layers aux · Σ weights is added, where aux is the micro-batch's
-    balancing loss (MiniMax-01, eq. 2): each micro-batch counts by its share of the learned tokens.
+    balancing loss (MiniMax-01, section 2.1): each micro-batch counts by its share of the learned tokens.
     'nll' and 'aux' report the two apart: loss = nll + aux_coef · aux. The router jitters, if it
     is to, by the batch entry 'noise', uint32 [rows]; without that, not.
     """

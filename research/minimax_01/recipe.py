@@ -139,7 +139,7 @@ def pretraining(
 
 
 def scaling_law(model: DecoderConfig, sources: tuple[SourceConfig, ...] = (), *, tokens: float = 300e9) -> lm.Config:
-    """A run of the scaling-law experiments (section 2.4, Table 2): batches of 4M tokens, a fixed rate of 3e-4."""
+    """A run of the scaling-law experiments (Table 2): batches of 4M tokens, a fixed rate of 3e-4."""
     rows, seq_len = 512, 8192
     return lm.Config(
         model=model,

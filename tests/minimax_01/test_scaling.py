@@ -88,7 +88,7 @@ def test_iso_flop_groups_have_the_laws(name):
 
 
 def test_equation_14_is_recovered():
-    """44M to 1.2B parameters, up to 500B tokens, as in section 2.3."""
+    """44M to 1.2B parameters, up to 500B tokens, as in the paper's choice of a size."""
     true = scaling.LossSurface(1.6, 350.0, -0.34, 900.0, -0.3, 5e3, -0.25)
     sizes, tokens = np.geomspace(44e6, 1.2e9, 6), np.geomspace(5e9, 5e11, 8)
     P, T = (x.ravel() for x in np.meshgrid(sizes, tokens))
