@@ -246,7 +246,7 @@ def test_buffers_of_transformers(published, tmp_path):
     """Written as the formulas say, whatever the weights' type; read back without a look."""
     model, params = hf.load(published(tensors_of(dtype=ml_dtypes.bfloat16), NATIVE, block_size=8))
     assert model.config.lightning.block == 8
-    hf.save(tmp_path / "saved", model, params)
+    hf.save(tmp_path / "saved", model, params, "minimax")
     stored = safetensors.numpy.load_file(tmp_path / "saved" / "model.safetensors")
     extra = {name: tensor for name, tensor in stored.items() if name not in tensors_of()}
     assert len(extra) == 4 * 3 and {t.dtype for t in extra.values()} == {np.dtype(np.float32)}
@@ -453,6 +453,19 @@ def test_what_the_layouts_have_no_words_for():
     pre_norm = dataclasses.replace(CONFIG, residual=Residual())
     remote = hf.LAYOUTS["minimax_text_01"]
     assert remote.read_config(remote.write_config(pre_norm)) == pre_norm
+
+
+def test_nobody_is_led_to_other_logits(published, tmp_path, caplog):
+    """Parts of heads turn: transformers would not; by default they go where they are read right."""
+    model, params = hf.load(published())
+    hf.save(tmp_path / "default", model, params)
+    assert hf.read_config(tmp_path / "default")[0].name == "minimax_text_01" and not caplog.records
+    hf.save(tmp_path / "native", model, params, "minimax")
+    assert "transformers turns all 10 dimensions of a head" in caplog.text
+    caplog.clear()
+    whole = Decoder(dataclasses.replace(CONFIG, rotary_dim=None))
+    hf.save(tmp_path / "whole", whole, params)
+    assert hf.read_config(tmp_path / "whole")[0].name == "minimax" and not caplog.records
 
 
 RULES = (

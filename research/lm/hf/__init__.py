@@ -17,6 +17,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import logging
 import os
 import pathlib
 import re
@@ -115,7 +116,8 @@ def save(
 
     Args:
         params: arrays of one process (gather those of a multi-process mesh first).
-        layout: a name in LAYOUTS; None takes the one that can express the model.
+        layout: a name in LAYOUTS; None takes one that can express the model, if possible so that
+            all who read it compute the same (a warning is logged for a layout of which that is not so).
         tokenizer: saved along, and its special tokens named in config.json.
         dtype: to convert to: 'float32', 'bfloat16' or 'float16'; None keeps the parameters' own.
         max_shard_bytes: of one safetensors file.
@@ -131,6 +133,8 @@ def save(
     flat = _flatten(params)
     _check_params(chosen.shapes(config), flat)
     _check_target(directory)
+    if caveat := chosen.caveat(config):
+        logging.getLogger(__name__).warning("layout %r: %s", chosen.name, caveat)
     derived = tuple(chosen.derived(config))
     specs = [
         *_specs(chosen, config, flat, dtype),
@@ -286,7 +290,8 @@ def _choose_layout(name: str | None, config: Any) -> tuple[Layout, dict[str, Any
     if name is not None and name not in LAYOUTS:
         raise ValueError(f"no layout {name!r}; there are {', '.join(LAYOUTS)}")
     refusals = []
-    for layout in [LAYOUTS[name]] if name else LAYOUTS.values():
+    those_without_first = sorted(LAYOUTS.values(), key=lambda layout: bool(layout.caveat(config)))
+    for layout in [LAYOUTS[name]] if name else those_without_first:
         try:
             return layout, layout.write_config(config)
         except ValueError as error:

@@ -8,7 +8,8 @@ stores beside the weights.
 Whether positions turn a part of each head (the released weights: 64 of 128 dimensions) is read from
 `rotary_dim` or `partial_rotary_factor`, whichever is there, in both. transformers 5.23 reads neither
 for this model and always turns whole heads (as it did for MiniMax-M2 until issue 48241), so a model
-with a part gives other, worse logits there; one without gives the same.
+with a part gives other, worse logits there; one without gives the same. Another limit of it (5.23):
+`generate` of a left-padded batch attends to the padding if the first layer is lightning attention.
 """
 
 from __future__ import annotations
@@ -135,11 +136,20 @@ def layout(name: str, architecture: str, dialect: Dialect) -> Layout:
             content |= {"rope_theta": config.rope_theta, "rotary_dim": config.turned_dim}
         return content | dialect.fixed
 
+    def caveat(config: DecoderConfig) -> str:
+        if config.turned_dim == config.head_dim or not dialect.rotary_factor:
+            return ""
+        return (
+            f"transformers turns all {config.head_dim} dimensions of a head by its position, not "
+            f"{config.turned_dim}; it will compute other logits ('minimax_text_01' is read right)"
+        )
+
     return Layout(
         name, architecture, read_config, write_config, Decoder, _sizes, _params, _copies,
         ignored=(r"\.rotary_emb\.inv_freq$", rf"\.self_attn\.({'|'.join(BUFFERS)})$"),
         derived=_buffers if dialect.block_size else lambda config: (),
         check=_check,
+        caveat=caveat,
     )
 
 

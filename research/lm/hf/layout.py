@@ -208,6 +208,7 @@ class Layout:
         derived: config → what is stored besides the parameters.
         check: config, stored tensors → one line for each way in which they contradict each other
             that would otherwise show as a list of missing and unexpected names, or not at all.
+        caveat: config → what others compute differently from such a directory ('' if nothing).
     """
 
     name: str
@@ -221,6 +222,7 @@ class Layout:
     ignored: tuple[str, ...] = ()
     derived: Callable[[Any], Iterable[Derived]] = lambda config: ()
     check: Callable[[Any, Mapping[str, Any]], list[str]] = lambda config, stored: []
+    caveat: Callable[[Any], str] = lambda config: ""
 
     def shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
         """Path → shape of every parameter."""
