@@ -106,6 +106,15 @@ def test_a_prompt_costs_what_its_tokens_cost_one_by_one():
     assert costs.training_flops(config, length) * length == 3 * steps
 
 
+def test_a_token_passes_its_own_experts_and_the_router():
+    experts = dataclasses.replace(SMALL, moe=MoEConfig(8, 3))
+    wide = dataclasses.replace(SMALL, mlp_size=3 * SMALL.mlp_size)
+    router = 2 * SMALL.num_layers * SMALL.hidden_size * 8
+    for flops in (costs.training_flops, costs.prefill_flops, costs.decode_flops):
+        times = 3 if flops is costs.training_flops else 1
+        assert flops(experts, 50) == pytest.approx(flops(wide, 50) + times * router, rel=1e-12)
+
+
 def test_lightning_attention_costs_less_beyond_twice_block_and_head():
     """4 d (B + d) a token and head, against 2 N d: they meet at N = 2 (B + d) (section 2.2)."""
     base = dataclasses.replace(
