@@ -55,14 +55,12 @@ def backward(
 ):  # fmt: skip
     """d_x_RD, d_weight_R, d_gate_EDF, d_up_EDF, d_down_EFD; equations in `xla`."""
     dtype = x_ND.dtype
-    D, F = gate_EDF.shape[1:]
 
     def expert(e, over_blocks, outputs):
-        rows, totals = outputs
         gate_DF, up_DF, down_FD = gate_EDF[e], up_EDF[e], down_EFD[e]
 
-        def block(row, size, carry):
-            (d_x_RD, d_weight_R), (d_gate_DF, d_up_DF, d_down_FD) = carry
+        def block(row, size, outputs):
+            d_x_RD, d_weight_R, d_gate_EDF, d_up_EDF, d_down_EFD = outputs
             x_BD, d_y_BD = _take(x_ND, tokens_R, row, size), _take(d_y_ND, tokens_R, row, size)
             gate_BF, up_BF, weight_B = (
                 jax.lax.dynamic_slice_in_dim(x, row, size) for x in (gate_RF, up_RF, weights_R)
@@ -74,28 +72,22 @@ def backward(
             d_gate_BF, d_up_BF = d_gate_BF.astype(dtype), d_up_BF.astype(dtype)
             d_x_BD = _dot(d_gate_BF, gate_DF.T) + _dot(d_up_BF, up_DF.T)
             return (
-                (
-                    _put(d_x_RD, d_x_BD, row),
-                    _put(d_weight_R, d_weight_B, row),
-                ),
-                (
-                    d_gate_DF + _dot(x_BD.T, d_gate_BF),
-                    d_up_DF + _dot(x_BD.T, d_up_BF),
-                    d_down_FD + _dot(weighted_BF.astype(dtype).T, d_y_BD),
-                ),
+                _put(d_x_RD, d_x_BD, row),
+                _put(d_weight_R, d_weight_B, row),
+                _add(d_gate_EDF, _dot(x_BD.T, d_gate_BF), e),
+                _add(d_up_EDF, _dot(x_BD.T, d_up_BF), e),
+                _add(d_down_EFD, _dot(weighted_BF.astype(dtype).T, d_y_BD), e),
             )
 
-        zeros = tuple(_zeros(x.shape[1:], jnp.float32, counts_E) for x in totals)
-        rows, sums = over_blocks(block, (rows, zeros))
-        return rows, tuple(
-            total.at[e].set(x.astype(total.dtype)) for total, x in zip(totals, sums, strict=True)
-        )
+        return over_blocks(block, outputs)
 
-    R = tokens_R.size
-    rows = _zeros((R, D), dtype, counts_E), _zeros((R,), jnp.float32, counts_E)
-    totals = tuple(_zeros(x.shape, x.dtype, counts_E) for x in (gate_EDF, up_EDF, down_EFD))
-    rows, totals = _over_experts(expert, (rows, totals), counts_E, sizes)
-    return *rows, *totals
+    R, weights = tokens_R.size, (gate_EDF, up_EDF, down_EFD)
+    d_x_RD = _zeros((R, x_ND.shape[1]), dtype, counts_E)
+    sums = tuple(
+        _zeros(shape, jnp.float32, counts_E) for shape in ((R,), *(x.shape for x in weights))
+    )
+    d_x_RD, d_weight_R, *sums = _over_experts(expert, (d_x_RD, *sums), counts_E, sizes)
+    return d_x_RD, d_weight_R, *(d.astype(x.dtype) for d, x in zip(sums, weights, strict=True))
 
 
 def _over_experts(expert, carry, counts_E, sizes):
@@ -134,6 +126,13 @@ def _take(x_ND, tokens_R, row, size):
 
 def _put(x, block, row):
     return jax.lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), row, axis=0)
+
+
+def _add(x_E, y, e):
+    """x with y added to x[e]; one pass, in place."""
+    start = (e,) + (0,) * y.ndim
+    old = jax.lax.dynamic_slice(x_E, start, (1, *y.shape))
+    return jax.lax.dynamic_update_slice(x_E, old + y[None], start)
 
 
 def _dot(a, b):
