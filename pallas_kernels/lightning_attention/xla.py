@@ -189,9 +189,12 @@ def _decays(slopes_H, T, block, segment_ids, lengths):
         def since(x, y):
             return time_BU1[:, :, x] - time_BU1[:, :, y]
 
-        same = segment == segment.swapaxes(2, 3)
+        # where each token's segment begins in this block: comparing pairs of ids is slower
+        j_C = jnp.arange(size)
+        same = segment == segment.mT
+        begin = jnp.min(jnp.where(same, j_C[:, None], size), axis=2, keepdims=True).mT
         return _Decays(
-            jnp.where(real & same, known[size].within_BHCC, 0),
+            jnp.where(real & (j_C >= begin), known[size].within_BHCC, 0),
             decay(time - time_BU1[:, :, before], real & (segment == segment_BU1[:, :, before])),
             decay(time_BU1[:, :, after] - time, real & (segment == segment_BU1[:, :, after])),
             decay(since(after, before), segment_BU1[:, :, after] == segment_BU1[:, :, before]),
