@@ -11,6 +11,7 @@ import csv
 import importlib
 import json
 import pathlib
+import pkgutil
 import sys
 import time
 
@@ -28,9 +29,9 @@ _OUT = flags.DEFINE_string("out", "experiments/results", "Where results are writ
 
 
 def papers() -> list[str]:
-    """The modules in `experiments/tables` that hold tables."""
-    names = sorted(p.stem for p in (pathlib.Path(__file__).parent / "tables").glob("*.py"))
-    return [name for name in names if name not in ("__init__", "base")]
+    """The modules and packages in `experiments/tables` that hold tables."""
+    found = pkgutil.iter_modules([str(pathlib.Path(__file__).parent / "tables")])
+    return sorted(module.name for module in found if module.name != "base")
 
 
 def load(name: str) -> Table:

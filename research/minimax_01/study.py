@@ -1,7 +1,8 @@
 """Trains many tiny decoders at once: the members of a study differ in seed and learning rate alone.
 
-A study is a decoder, a task of `retrieval`, and an optimizer. Data is drawn on the device, steps run in a scan, and
-members are an axis of one program, split over the devices; the host is asked once for every point of the curve.
+A study is a decoder, a task of `retrieval`, and an optimizer. For every point of the curve, one program draws the data
+and another one scans over the steps; members are an axis of both, split over the devices. Studies of one task share the
+first, which takes long to compile where tasks are many.
 """
 
 import dataclasses
@@ -65,12 +66,13 @@ def train(study: Study, members: Sequence[Member], name: str = "") -> Trained:
     seeds = jnp.array([m.seed for m in members], jnp.int32)
     rates = jnp.array([m.lr for m in members], jnp.float32)
     init, run = _programs(study, len(members))
-    state = init(seeds)
     each = study.steps // study.points
+    draw = _drawing(study.task, study.batch, each, len(members))
+    state = init(seeds)
     found = []
     with tqdm(total=study.steps, desc=name or None, disable=None, leave=False) as bar:
         for point in range(study.points):
-            state, measured = run(state, seeds, rates, jnp.int32(point * each))
+            state, measured = run(state, rates, draw(seeds, jnp.int32(point * each)))
             found.append(jax.tree.map(lambda x: np.asarray(x, np.float64), measured))
             bar.update(each)
             bar.set_postfix(loss=f"{found[-1]['loss'].min():.3f}")
@@ -94,7 +96,7 @@ def evaluate(
     """
     task = task or study.task
     count = jax.tree.leaves(params)[0].shape[0]
-    sums = _evaluation(study.model, task, split, batches, size, count)(params)
+    sums = _evaluation(study.model, count)(params, _held_out(task, split, batches, size))
     loss, right, answers, exact = np.moveaxis(np.asarray(sums, np.float64), 1, 0)  # [members, rows]
     parts = len(task.tasks) if isinstance(task, retrieval.Mixture) else 1
     by_task = [x.reshape(count, parts, -1).sum(-1) for x in (right, answers)]
@@ -117,47 +119,60 @@ def _programs(study: Study, count: int) -> tuple[Callable, Callable]:
     model = Decoder(study.model)
     # Rate 1: what the optimizer returns is linear in the rate, which is the member's.
     optimizer = optim.make(dataclasses.replace(study.optim, lr=1.0), study.steps)
-    each = study.steps // study.points
 
     def init(seed):
         params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
         return params, optimizer.init(params)
 
-    def run(state, seed, rate, start):
-        def step(state, t):
+    def run(state, rate, data):
+        def step(state, batch):
             params, moments = state
-            data = retrieval.batch(
-                study.task, jax.random.fold_in(retrieval.stream("train", seed), t), study.batch
-            )
-            loss = functools.partial(_objective, study.model, data=data)
+            loss = functools.partial(_objective, study.model, data=batch)
             (_, nll), grads = jax.value_and_grad(loss, has_aux=True)(params)
             updates, moments = optimizer.update(grads, moments, params)
             params = optax.apply_updates(params, jax.tree.map(lambda u: rate * u, updates))
-            return (params, moments), {"loss": nll, "grad_norm": optax.global_norm(grads)}
+            return (params, moments), {"loss": nll, "grad_norm": optax.tree.norm(grads)}
 
-        state, measured = jax.lax.scan(step, state, start + jnp.arange(each))
+        state, measured = jax.lax.scan(step, state, data)
         return state, jax.tree.map(jnp.mean, measured)
 
-    return _over_members(init, count), _over_members(run, count, shared=1, donate=True)
+    return _over_members(init, count), _over_members(run, count, donate=True)
 
 
-@functools.lru_cache(maxsize=64)
-def _evaluation(
-    config: DecoderConfig, task: Task, split, batches: int, size: int, count: int
-) -> Callable:
-    def run(params):
-        def add(sums, index):
-            data = retrieval.batch(task, jax.random.fold_in(retrieval.stream(split), index), size)
-            logits, _ = _logits(config, params, data)
-            right = (jnp.argmax(logits, -1) == data.targets) * data.weights
-            answers = data.weights.sum(1)
+@functools.lru_cache(maxsize=4)
+def _drawing(task: Task, size: int, steps: int, count: int) -> Callable:
+    """(seeds, first step) → examples `[members, steps, size, ...]`."""
+
+    def draw(seed, start):
+        key = retrieval.stream("train", seed)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, start + jnp.arange(steps))
+        return jax.vmap(lambda key: retrieval.batch(task, key, size))(keys)
+
+    return _over_members(draw, count, shared=1)
+
+
+@functools.lru_cache(maxsize=16)
+def _held_out(task: Task, split: retrieval.Split, batches: int, size: int) -> Example:
+    """`[batches, size, ...]`, on the host."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(retrieval.stream(split), jnp.arange(batches))
+    drawn = jax.jit(jax.vmap(lambda key: retrieval.batch(task, key, size)))(keys)
+    return jax.tree.map(np.asarray, drawn)
+
+
+@functools.lru_cache(maxsize=16)
+def _evaluation(config: DecoderConfig, count: int) -> Callable:
+    def run(params, data):
+        def add(sums, batch):
+            logits, _ = _logits(config, params, batch)
+            right = (jnp.argmax(logits, -1) == batch.targets) * batch.weights
+            answers = batch.weights.sum(1)
             exact = right.sum(1) == answers
-            new = jnp.stack([_nll(logits, data).sum(1), right.sum(1), answers, exact])
+            new = jnp.stack([_nll(logits, batch).sum(1), right.sum(1), answers, exact])
             return sums + new, None
 
-        return jax.lax.scan(add, jnp.zeros((4, size)), jnp.arange(batches))[0]
+        return jax.lax.scan(add, jnp.zeros((4, data.tokens.shape[1])), data)[0]
 
-    return _over_members(run, count)
+    return _over_members(run, count, shared=1)
 
 
 def _objective(config: DecoderConfig, params, data: Example):
