@@ -6,15 +6,15 @@ and Llama-3.3-70B (the 3.1 shape); the 1.5B one is published untied.
 
 MiniMax-01 (its paper gives names and sizes alone, but for the released model):
 
-* `minimax-{size}-{softmax,lightning,hybrid}`, the scaling-law family of section 2.2.3. Widths, from
+* `minimax-{size}-{softmax,lightning,hybrid}`, the scaling-law family of Tables 1 and 2. Widths, from
   410M on also layers, and vocabulary are those of the GPT-style family with the same names (Biderman
   et al. 2023, "Pythia", Table 1), with the paper's head size 128 from 1B on and its MLP of 8 d^2
   parameters. The two smallest differ: hybrids have softmax attention in every eighth layer, so they
   take 8 and 16 layers (of 512 and 640) for Pythia's 6 of 512 and 12 of 768. Sizes are with both
   embeddings, in the softmax form; lightning's gate adds d^2 a layer.
-* `minimax-moe-28b-*`, `minimax-moe-60b-*`, `minimax-moe-24b`: the ablations of section 2.4.2 (hybrid
-  attention), of section 2.4.3 (where the norm is; 48 layers) and of section 2.1 (experts against the
-  dense `minimax-7b-softmax`). The dimensions are ours; they meet the published total and active
+* `minimax-moe-28b-*`, `minimax-moe-60b-*`, `minimax-moe-24b`: the ablations of Table 5 (hybrid attention;
+  where the norm is, with 48 layers) and of Figure 4 (experts against the dense
+  `minimax-7b-softmax`). The dimensions are ours; they meet the published total and active
   parameters, the active ones without embeddings.
 * `study-hybrid`, `quickstart-hybrid`: for a CPU, like `study` and `quickstart`.
 """
