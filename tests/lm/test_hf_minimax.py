@@ -417,7 +417,7 @@ def test_tensors_that_contradict_config_json_are_one_line(published):
 
     reason = refusal(tensors_of(), attn_type_list=[0, 0, 1, 0])
     assert "config.json makes layer 2 softmax attention, its tensors are of lightning" in reason
-    assert "(and 1 more like this)" in reason and "\n" not in reason
+    assert "(and 1 more)" in reason and "\n" not in reason
     for fused in (False, True):
         reason = refusal(tensors_of(fused=fused), num_local_experts=8)
         assert "config.json means 8 experts (num_local_experts), there are 3" in reason

@@ -203,7 +203,7 @@ def _check_tensors(
     directory: pathlib.Path,
 ) -> None:
     if problems := layout.check(config, stored):
-        more = f" (and {len(problems) - 1} more like this)" if len(problems) > 1 else ""
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(f"{directory}: {problems[0]}{more}")
     sizes = layout.sizes(config)
     want = {b.name: b.whole for param in table for b in param.blocks(sizes)}
