@@ -73,6 +73,7 @@ def test_the_tiny_ones_run_from_text_to_preferences(tmp_path):
         (one, two) = metrics.read(tmp_path / name / "metrics.jsonl")
         assert np.isfinite([one["loss"], two["loss"], two["router/entropy"]]).all()
         before = str(tmp_path / name)
+    assert one["loss"] == pytest.approx(one["pair_loss"] + 0.01 * one["aux"], rel=1e-5)
     assert one["accuracy"] == 0 and two["accuracy"] == 1  # after one update it prefers the right one
 
 
