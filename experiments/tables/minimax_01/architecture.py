@@ -33,6 +33,7 @@ class Settings:
     rates: tuple[float, ...]
     points: int = 50
     dtype: str = "float32"
+    scan_layers: bool = False
 
 
 SCALES = {
@@ -43,7 +44,7 @@ SCALES = {
     "gpu": Settings(
         Language(length=1024, vocab=1024, classes=65536, repeat=0.25),
         deep=(512, 48, 20_000), flat=(512, 8, 20_000), experts=16, batch=64, rates=(3e-4, 1e-3),
-        points=100, dtype="bfloat16",
+        points=100, dtype="bfloat16", scan_layers=True,
     ),
 }  # fmt: skip
 
@@ -51,7 +52,14 @@ SCALES = {
 def model(s: Settings, arm: str) -> DecoderConfig:
     width, layers, _ = s.deep if arm in DEEP else s.flat
     vocab = s.language.vocab_size
-    build = functools.partial(arms.decoder, width=width, layers=layers, vocab=vocab, dtype=s.dtype)
+    build = functools.partial(
+        arms.decoder,
+        width=width,
+        layers=layers,
+        vocab=vocab,
+        dtype=s.dtype,
+        scan_layers=s.scan_layers,
+    )
     if arm == "post":
         return build("hybrid-3")
     if arm == "pre":
