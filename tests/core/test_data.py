@@ -157,6 +157,20 @@ def test_weights_that_change_are_followed_row_by_row(tmp_path):
     assert (np.concatenate([b["segment_ids"] for b in batches]) > 0).mean() > 0.8
 
 
+def test_a_source_whose_weight_is_zero_gives_nothing(tmp_path):
+    """Not even the row that it is behind: the second of these is drawn first."""
+    weights = (((0, 0.4), (16, 0.0)), ((0, 0.5), (16, 0.9)), ((0, 0.1),))
+    sources = tuple(
+        dataclasses.replace(
+            documents(tmp_path / str(i), range(100 * i + 1, 100 * i + 9)), weights=knots
+        )
+        for i, knots in enumerate(weights)
+    )
+    it = iter(data.pipeline(DataConfig(sources, 16, 1), tokenize))
+    drawn = [batch["tokens"].max() // 100_000 for batch in take(it, 40)]
+    assert [drawn.count(i) for i in range(3)] == [0, 36, 4]
+
+
 @pytest.mark.parametrize("position", [0, 3, 7, 19, 24])
 def test_weights_that_change_resume_exactly(tmp_path, position):
     config = scheduled(tmp_path)
