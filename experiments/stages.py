@@ -11,7 +11,7 @@ import pathlib
 from typing import Any, Literal
 
 from research.core import config as configs
-from research.core import loop, metrics
+from research.core import loop, metrics, sources
 from research.lm import dpo as dpo_trainer
 from research.lm import trainer as lm_trainer
 from research.rl import trainer as rl_trainer
@@ -59,10 +59,14 @@ def main(config: Config, workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Runs the stages; returns the last line of each one's metrics.
 
     Raises ValueError for a stage that is to be trained while a later one exists already, made from another model; and
-    what the stages' trainers raise.
+    what the stages' trainers raise, for files that are not there before the first stage.
     """
     workdir = pathlib.Path(workdir)
     runs = resolved(config, workdir)
+    for run in runs.values():
+        if hasattr(run, "data"):
+            for source in (*run.data.sources, *run.eval_sources):
+                sources.check(source)
     report = {}
     for place, (name, run) in enumerate(runs.items(), 1):
         print(f"{place}/{len(runs)}  {name}: {run.loop.steps} steps", flush=True)

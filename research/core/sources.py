@@ -74,6 +74,12 @@ def open_source(config: SourceConfig) -> Sequence[Record]:
     return files[0] if len(files) == 1 else _Joined(files)
 
 
+def check(config: SourceConfig) -> None:
+    """Raises ValueError or FileNotFoundError for keys or files that cannot be; reads no file."""
+    _keys(config)
+    _files(config.path)
+
+
 class JsonLines(Sequence):
     """A file with one JSON object per line. Holds 8 bytes of memory for each line."""
 

@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from research.core.sources import DataError, SourceConfig, open_source
+from research.core.sources import DataError, SourceConfig, check, open_source
 
 
 def jsonl(path, *records, **keys):
@@ -137,6 +137,9 @@ def test_missing_files_and_directories(tmp_path):
     (tmp_path / "there.jsonl").write_text("{}\n")
     with pytest.raises(FileNotFoundError, match=r"here.jsonl.*holds \['there.jsonl'\]"):
         open_source(SourceConfig(str(tmp_path / "here.jsonl"), text_key="text"))
+    with pytest.raises(FileNotFoundError, match="correct the source's path"):
+        check(SourceConfig(str(tmp_path / "here.jsonl"), text_key="text"))
+    check(SourceConfig(str(tmp_path / "there.jsonl"), text_key="text"))  # not read
     with pytest.raises(FileNotFoundError, match="is a directory"):
         open_source(SourceConfig(str(tmp_path), text_key="text"))
     with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -155,5 +158,7 @@ def test_missing_files_and_directories(tmp_path):
 )
 def test_keys_must_say_documents_or_pairs(tmp_path, keys):
     (tmp_path / "a.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match="set text_key .* or both prompt_key and response_key"):
-        open_source(SourceConfig(str(tmp_path / "a.jsonl"), **keys))
+    config = SourceConfig(str(tmp_path / "a.jsonl"), **keys)
+    for refuses in (open_source, check):
+        with pytest.raises(ValueError, match="set text_key .* or both prompt_key and response_key"):
+            refuses(config)

@@ -128,6 +128,16 @@ def test_what_is_finished_can_be_logged_otherwise_but_not_changed(config, straig
         stages.main(changed(config, 1, beta=0.5), workdir)
 
 
+def test_files_of_later_stages_are_looked_for_first(config, tmp_path):
+    data = config.stages[1].dpo.data
+    gone = dataclasses.replace(data.sources[0], path=str(tmp_path / "gone.jsonl"))
+    with pytest.raises(FileNotFoundError, match="gone.jsonl"):
+        stages.main(
+            changed(config, 1, data=dataclasses.replace(data, sources=(gone,))), tmp_path / "run"
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_launcher_runs_them(config, straight, monkeypatch):
     workdir, report = straight
     called = []
