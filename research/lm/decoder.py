@@ -274,17 +274,25 @@ def _slopes(c: DecoderConfig) -> jax.Array:
 
 def _init_layers(c: DecoderConfig, key: jax.Array) -> dict:
     """Fresh stacked parameters of all layers."""
-    x_BTD, zero = jnp.zeros((1, 1, c.hidden_size), c.dtype), jnp.zeros((1, 1), jnp.int32)
-    context = Context(*rope_angles(zero, c))
-    slopes_H = jnp.ones(c.num_heads)
+    # Of shapes, compiled, and layer by layer: otherwise all operations of a layer would run, and random numbers are
+    # slow to compile.
+    x_BTD = jax.ShapeDtypeStruct((1, 1, c.hidden_size), c.dtype)
+    angles = jax.ShapeDtypeStruct((1, 1, c.turned_dim // 2), jnp.float32)
+    slopes_H = jax.ShapeDtypeStruct((c.num_heads,), jnp.float32)
 
-    def stack(key, mixer, count):
-        init = lambda key: Block(c, mixer, parent=None).init(key, x_BTD, context, slopes_H)  # noqa: E731
-        return jax.vmap(init)(jax.random.split(key, count))["params"]
+    def stack(key, mixer, count, part=None):
+        def init(key):
+            params = Block(c, mixer, parent=None).lazy_init(key, x_BTD, Context(angles, angles), slopes_H)
+            return params["params"] if part is None else params["params"][part]
 
-    kinds = list(dict.fromkeys(c.mixers))
-    key, *keys = jax.random.split(key, 1 + len(kinds))
-    layers = stack(key, kinds[0], c.num_layers)
-    for key, mixer in zip(keys, kinds, strict=True):
-        layers[MIXERS[mixer]] = stack(key, mixer, c.layer_mixers.count(mixer))[MIXERS[mixer]]
+        return jax.jit(lambda keys: jax.lax.map(init, keys))(jax.random.split(key, count))
+
+    first, *others = dict.fromkeys(c.mixers)
+    keys = jax.random.split(key, 1 + len(others))
+    layers = stack(keys[0], first, c.num_layers)
+    if others:
+        own = MIXERS[first]
+        layers[own] = jax.tree.map(lambda x: x[: c.layer_mixers.count(first)], layers[own])
+    for key, mixer in zip(keys[1:], others, strict=True):
+        layers[MIXERS[mixer]] = stack(key, mixer, c.layer_mixers.count(mixer), MIXERS[mixer])
     return layers
