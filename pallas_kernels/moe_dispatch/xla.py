@@ -12,13 +12,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.manual_axes import same_axes
 from pallas_kernels.moe_dispatch import blocks, ragged, routing
 
 
 def moe_mlp(x_ND, gate_EDF, up_EDF, down_EFD, experts_NK, weights_NK, capacity):
     # Under shard_map all operands vary over the same axes from here on: loops want carries of one
     # type, and the gradient of a weight that does not vary is then summed by the cast's transpose.
-    x_ND, gate_EDF, up_EDF, down_EFD, experts_NK, weights_NK = _all_varying(
+    x_ND, gate_EDF, up_EDF, down_EFD, experts_NK, weights_NK = same_axes(
         x_ND, gate_EDF, up_EDF, down_EFD, experts_NK, weights_NK.astype(jnp.float32)
     )
     num_experts = gate_EDF.shape[0]
@@ -77,13 +78,3 @@ def _by_platform(on_cpu, elsewhere, *operands):
         return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
 
     return call(*operands)
-
-
-def _all_varying(*operands):
-    """The operands, cast to vary over every mapped axis over which one of them does."""
-    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
-    axes = frozenset().union(*varying)
-    return tuple(
-        jax.lax.pcast(x, tuple(axes - own), to="varying") if axes - own else x
-        for x, own in zip(operands, varying, strict=True)
-    )
