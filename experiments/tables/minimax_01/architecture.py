@@ -38,8 +38,8 @@ class Settings:
 
 SCALES = {
     "cpu": Settings(
-        Language(length=128, vocab=64, classes=1024, repeat=0.25),
-        deep=(32, 24, 200), flat=(48, 4, 400), experts=8, batch=8, rates=(2e-3, 6e-3),
+        Language(length=128, vocab=32, classes=16, repeat=0.25),
+        deep=(32, 24, 400), flat=(48, 4, 600), experts=8, batch=8, rates=(3e-3, 1e-2),
     ),
     "gpu": Settings(
         Language(length=1024, vocab=1024, classes=65536, repeat=0.25),

@@ -48,10 +48,10 @@ class Settings:
 
 SCALES = {
     "cpu": Settings(
-        Language(length=128, vocab=64, classes=1024, repeat=0.25),
+        Language(length=128, vocab=32, classes=16, repeat=0.25),
         sizes=((16, 4), (32, 4), (48, 4), (64, 4)),
         forms={"softmax": "softmax", "hybrid": "hybrid-3", "lightning": "lightning"},
-        steps=400, batch=8, rate=4e-3,
+        steps=800, batch=8, rate=6e-3,
     ),
     "gpu": Settings(
         Language(length=1024, vocab=1024, classes=65536, repeat=0.25),
