@@ -11,6 +11,7 @@ import pytest
 from research.lm.attention import Cache
 from research.lm.config import DecoderConfig, LightningConfig, MoEConfig, Residual
 from research.lm.decoder import Decoder, unstack
+from research.lm.layers import rope_angles
 from research.lm.lightning import slopes
 from research.lm.logprobs import token_logprobs
 from research.lm.sampler import Sampler, Sampling
@@ -274,6 +275,31 @@ def test_capacity_drops_in_training_but_not_with_a_cache():
     whole = apply(free, params, batch)
     assert np.abs(apply(tight, params, batch) - whole).max() > 1e-3
     np.testing.assert_allclose(decode_all(tight, params, batch, (9,)), whole, atol=2e-4)
+
+
+def test_a_bfloat16_model_remembers_in_float32():
+    config = dataclasses.replace(KINDS["hybrid"], dtype="bfloat16")
+    cache = Cache.empty(config, 2, 16)
+    positions = jnp.broadcast_to(jnp.arange(3), (2, 3))
+    _, after = jax.eval_shape(
+        lambda p: Decoder(config).apply({"params": p}, tokens(2, 3), positions, cache=cache), init(TINY)
+    )
+    for memory in (*cache.layers[::2], *after.layers[::2]):
+        assert memory.dtype == jnp.float32
+    for k, v in (*cache.layers[1::2], *after.layers[1::2]):
+        assert k.dtype == v.dtype == jnp.bfloat16
+
+
+def test_far_positions_turn_exactly():
+    """In float32 a position beyond 2^24 is not even itself; its angle must still be right."""
+    config = dataclasses.replace(TINY, head_dim=128, rotary_dim=64, rope_theta=1e7, max_position=2**25)
+    far = np.array([[1_000_003, 2**24 + 1, 2**25 - 1]])
+    cos, sin = rope_angles(jnp.asarray(far), config)
+    angles = far[..., None] * 1e7 ** (-np.arange(0, 64, 2) / 64)
+    np.testing.assert_allclose(cos, np.cos(angles), atol=1e-6)
+    np.testing.assert_allclose(sin, np.sin(angles), atol=1e-6)
+    rounded = np.float32(far)[..., None] * np.float32(1e7) ** (-np.arange(0, 64, 2, dtype=np.float32) / 64)
+    assert np.abs(np.cos(rounded) - np.cos(angles)).max() > 0.1
 
 
 def test_jitter_needs_its_random_stream():
