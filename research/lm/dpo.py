@@ -227,7 +227,11 @@ class _Run:
             policy, reference = (jax.tree.map(jnp.copy, params) for _ in range(2))
             return TrainState.create(policy, self.optimizer, key, ref_params=reference)
 
-        return trainer.create_state(create, self.params, self.grid, self.rules)
+        # What was loaded is not held beside the state, but loaded again if `init` is called again.
+        given, self.params = self.params, None if self.config.init_from else self.params
+        if given is None:
+            given = checkpoints.load(self.config.init_from)[1]
+        return trainer.create_state(create, given, self.grid, self.rules)
 
     def collect(self, state: TrainState, at: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         del state, at

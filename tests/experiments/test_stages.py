@@ -68,7 +68,8 @@ def test_each_goes_on_from_the_one_before(config, straight):
     model, params, _ = checkpoints.load(workdir / "base")
     state = checkpoint.Checkpointer(workdir / "preferences" / "checkpoints")
     built = dpo.build(stages.resolved(config, workdir)["preferences"], workdir / "unused")
-    _, restored = state.restore(built.init())
+    jax.tree.map(np.testing.assert_array_equal, built.init().params, params)
+    _, restored = state.restore(built.init())  # it can be called again
     state.close()
     jax.tree.map(np.testing.assert_array_equal, restored.extra["ref_params"], params)
     assert model.config == TINY
