@@ -43,7 +43,7 @@ SCALES = {
     "cpu": Settings(
         ratios=("softmax", "hybrid-1", "hybrid-3", "lightning"),
         width=64, layers=4, head_dim=16, symbols=16, pairs=(4, 8), tested=(2, 4, 8, 12, 16),
-        queries=32, steps=600, batch=32, rates=(2e-3, 4e-3),
+        queries=32, steps=800, batch=32, rates=(2e-3, 4e-3),
     ),
     "gpu": Settings(
         ratios=("softmax", "hybrid-1", "hybrid-3", "hybrid-7", "lightning"),
