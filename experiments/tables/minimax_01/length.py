@@ -170,7 +170,8 @@ def _decays_slowly(results: Results) -> Verdict:
 def figure(results: Results, path: pathlib.Path) -> None:
     """Above, needles by depth and length; below, the suite by length."""
     drawn = list(arms.known(results, tuple(ARMS)))
-    fig, axes = plt.subplots(2, len(drawn), figsize=(3.2 * len(drawn), 6), squeeze=False)
+    size = (3 * len(drawn) + 1.5, 6)
+    fig, axes = plt.subplots(2, len(drawn), figsize=size, squeeze=False, layout="constrained")
     for column, arm in enumerate(drawn):
         runs = list(results[arm].values())
         lengths, depths = runs[0]["lengths"], runs[0]["depths"]
@@ -190,10 +191,10 @@ def figure(results: Results, path: pathlib.Path) -> None:
         bottom.grid(alpha=0.3)
     axes[0, 0].set_ylabel("needle at depth")
     axes[1, 0].set_ylabel("accuracy on the suite")
-    axes[1, -1].legend(frameon=False, fontsize=7)
+    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     fig.colorbar(image, ax=axes[0].tolist(), shrink=0.8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=120, bbox_inches="tight")
+    fig.savefig(path, dpi=110)
     plt.close(fig)
 
 
