@@ -46,7 +46,7 @@ class Settings:
 
 
 SCALES = {
-    "cpu": Settings(128, 4, (256, 512, 1024, 2048, 4096), (1024, 4096, 16384, 65536), rounds=5),
+    "cpu": Settings(128, 4, (512, 1024, 2048, 4096), (1024, 8192, 65536), rounds=5),
     "gpu": Settings(
         2048, 16, (1024, 2048, 4096, 8192, 16384), (1024, 4096, 16384, 65536, 262144), rounds=10,
         dtype="bfloat16",
@@ -66,11 +66,12 @@ def measure(s: Settings, seed: int, directory: pathlib.Path, results: Any) -> di
     programs: dict[tuple[str, str, int], Callable[[], Any]] = {}
     for arm in ARMS:
         config = model(s, arm)
-        params = Decoder(config).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+        init = jax.jit(Decoder(config).init)
+        params = init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
         for n in s.prompts:
             programs[arm, "prefill", n] = _prefill(config, params, n)
         for n in s.contexts:
-            programs[arm, "decode", n] = _decode(config, unstack(params), n, s.steps)
+            programs[arm, "decode", n] = _decode(config, unstack(params, config), n, s.steps)
     times = {name: float("inf") for name in programs}
     for round in range(1 + s.rounds):  # the first one compiles
         for name, program in programs.items():
