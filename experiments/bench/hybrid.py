@@ -24,13 +24,17 @@ from research.core.optim import OptimConfig
 from research.core.state import TrainState
 from research.lm import hf, slots
 from research.lm import trainer as lm
+from research.lm.config import MoEConfig
 from research.lm.decoder import Decoder
 from research.lm.lightning import slopes
 from research.lm.presets import PRESETS
 from research.lm.sampler import Sampler, Sampling
 
-# Unrolled, for speed; with whole heads turned by positions, because transformers knows nothing else.
-MODEL = dataclasses.replace(PRESETS["study-hybrid"], rotary_dim=None, scan_layers=False)
+# Unrolled, for speed; with whole heads turned by positions, because transformers knows nothing else; without the
+# balancing loss, whose form differs there.
+MODEL = dataclasses.replace(
+    PRESETS["study-hybrid"], rotary_dim=None, scan_layers=False, moe=MoEConfig(8, aux_coef=0.0)
+)
 PREFILL, TRAIN = (1024, 4096, 16384), (1024, 4096, 16384)
 TOKENS = 16384  # of a training step
 PROMPT, NEW = 16, 64

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from experiments.bench import __main__ as everything
-from experiments.bench import data, grpo, measure, updates
+from experiments.bench import data, grpo, hybrid, measure, updates
 from experiments.bench.study import STUDY
 
 TINY = dataclasses.replace(STUDY, hidden_size=32, num_layers=1, mlp_size=64, head_dim=8)
@@ -152,3 +152,18 @@ def test_data_beside_transformers_and_trl(quiet):
         "tokens": tokenising.work["tokens"] + 40,
     }  # their ends
     assert all(math.isfinite(r.ratio) for r in (tokenising, packing, pipeline))
+
+
+def test_the_hybrid_is_measured_without_its_rival_too(monkeypatch):
+    model = dataclasses.replace(
+        hybrid.MODEL, vocab_size=32, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_size=16,
+        mixers=("lightning", "softmax"), moe=dataclasses.replace(hybrid.MODEL.moe, num_experts=2),
+    )  # fmt: skip
+    for name, value in {
+        "MODEL": model, "PREFILL": (32,), "TRAIN": (32,), "TOKENS": 64, "NEW": 3, "FLAT": (64, 128),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(hybrid, name, value)
+    monkeypatch.setattr(measure, "missing", lambda *packages: "not run: no torch")
+    found = hybrid.rows(rounds=1)
+    assert [r.rival for r in found[:-1]] == [None] * 4 and found[-1].ratio > 0
+    assert all(r.ours > 0 for r in found)
