@@ -56,7 +56,10 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, cos, sin, segment_ids=None, cache=None, slot=None, bias_BTS=None):
-        """`cache` (k, v) is written at `slot` and attended to where `bias_BTS` lets; returns (y_BTD, new (k, v))."""
+        """`cache` (k, v) is written at `slot`, and attended to where `bias_BTS` lets; returns (y_BTD, new (k, v)).
+
+        Without a bias the tokens attend to each other alone, as without a cache.
+        """
         c = self.config
         B, T, D = x_BTD.shape
         N, G, K = c.num_kv_heads, c.group_size, c.head_dim
@@ -76,14 +79,15 @@ class Attention(nn.Module):
         qk_BTNHK = rotate(qk_BTNHK, cos[:, :, None, None], sin[:, :, None, None])
         q_BTNGK, k_BTN1K = jnp.split(qk_BTNHK, [G], axis=3)
         k_BTNK, v_BTNK = k_BTN1K[:, :, :, 0], v_BTN1K[:, :, :, 0]
-        if cache is None:
-            y_BTNGK = flash_attention(q_BTNGK, k_BTNK, v_BTNK, segment_ids=segment_ids)
-        else:
+        if cache is not None:
             k_MKT = k_BTNK.transpose(0, 2, 3, 1).reshape(B * N, K, T)
             v_MTK = v_BTNK.swapaxes(1, 2).reshape(B * N, T, K)
             k_MKS = jax.lax.dynamic_update_slice(cache[0], k_MKT, (0, 0, slot))
             v_MSK = jax.lax.dynamic_update_slice(cache[1], v_MTK, (0, slot, 0))
             cache = (k_MKS, v_MSK)
+        if bias_BTS is None:
+            y_BTNGK = flash_attention(q_BTNGK, k_BTNK, v_BTNK, segment_ids=segment_ids)
+        else:
             y_BTNGK = _from_rows(_attend(_to_rows(q_BTNGK), *cache, bias_BTS), B, T)
         out_NGKD, _ = Kernel(c, (N, G, K, D), stds=(out_std,), name="o")()
         return dense(y_BTNGK.reshape(B, T, -1), out_NGKD.reshape(-1, D)), cache

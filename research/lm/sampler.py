@@ -90,7 +90,7 @@ class Sampler:
         self.mesh, self.block = mesh, block
         self.rows = slots // self.shards  # per shard
         self.buckets = _powers(2, SMALLEST_BUCKET, max_prompt)
-        if max_prompt > programs.PREFILL_CHUNK:  # whole chunks
+        if max_prompt > programs.PREFILL_WHOLE:  # whole chunks
             self.buckets[-1] += -max_prompt % programs.PREFILL_CHUNK
         longest += self.buckets[-1] - max_prompt
         self.prefill_sizes = _powers(4, 1, self.rows)

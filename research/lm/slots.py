@@ -59,7 +59,8 @@ def prepare(config: DecoderConfig, params) -> Weights:
     return Weights(params)
 
 
-PREFILL_CHUNK = 1024  # tokens of a prompt that go through the model at a time
+PREFILL_WHOLE = 16384  # tokens of a prompt that go through the model at once,
+PREFILL_CHUNK = 1024  # and what follows them, at a time
 
 
 def rows_together(length: int) -> int:
@@ -72,23 +73,24 @@ def prefill(model: Decoder, weights: Weights, tokens, lengths) -> Prefix:
     n, T = tokens.shape
     params = weights.params
     rows = max(r for r in range(1, n + 1) if n % r == 0 and r <= rows_together(T))
-    chunk = min(T, PREFILL_CHUNK)
+    whole = min(T, PREFILL_WHOLE)
 
     def run(batch):
         tokens, lengths = batch
         positions = jnp.arange(T) - (T - lengths[:, None])
         positions = jnp.where(positions < 0, -1, positions)
 
-        def go_on(cache, part):
-            hidden, cache = model.apply({"params": params}, *part, cache=cache, return_hidden=True)
+        def go_on(cache, part, fresh=False):
+            hidden, cache = model.apply(
+                {"params": params}, *part, cache=cache, fresh=fresh, return_hidden=True
+            )
             return cache, hidden[:, -1]
 
-        cache = Cache.empty(model.config, rows, T)
-        if chunk == T:
-            cache, last = go_on(cache, (tokens, positions))
-        else:
-            parts = [x.reshape(rows, -1, chunk).swapaxes(0, 1) for x in (tokens, positions)]
-            cache, last = jax.lax.scan(go_on, cache, parts)
+        empty = Cache.empty(model.config, rows, T)
+        cache, last = go_on(empty, (tokens[:, :whole], positions[:, :whole]), fresh=True)
+        if whole < T:
+            rest = (x[:, whole:].reshape(rows, -1, PREFILL_CHUNK) for x in (tokens, positions))
+            cache, last = jax.lax.scan(go_on, cache, [x.swapaxes(0, 1) for x in rest])
             last = last[-1]
         logits = jnp.matmul(
             last, head_kernel(params, model.config), preferred_element_type=jnp.float32

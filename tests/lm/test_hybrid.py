@@ -246,7 +246,8 @@ def test_long_prompts_go_through_in_chunks(monkeypatch):
         return sampler(params, [prompt, prompt[:7]], jax.random.key(0), Sampling(6, temperature=0.0))
 
     whole = greedy()
-    monkeypatch.setattr(slots, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(slots, "PREFILL_WHOLE", 16)
+    monkeypatch.setattr(slots, "PREFILL_CHUNK", 4)
     chunked = greedy()
     np.testing.assert_array_equal(chunked.tokens, whole.tokens)
     np.testing.assert_allclose(chunked.logprobs, whole.logprobs, atol=1e-4)
