@@ -97,11 +97,12 @@ def curves(results: Results, form: str, seed: int) -> list[laws.Curve]:
 
 
 def best_loss(runs: Sequence[laws.Curve], compute: np.ndarray) -> np.ndarray:
-    """The least loss at each compute, of the curves that reach it, interpolated in the logarithms."""
+    """The least loss at each compute, of the curves that reach it, by the logarithm of compute; NaN where none does."""
     found = []
     for at in compute:
         reach = [c for c in runs if c.compute[0] <= at <= c.compute[-1]]
-        found.append(min(np.interp(np.log(at), np.log(c.compute), c.loss) for c in reach))
+        losses = [np.interp(np.log(at), np.log(c.compute), c.loss) for c in reach]
+        found.append(min(losses, default=np.nan))
     return np.array(found)
 
 
@@ -112,7 +113,7 @@ def gap(results: Results, one: str, other: str) -> Interval:
         pair = [curves(results, form, seed) for form in (one, other)]
         most = min(max(c.compute[-1] for c in runs) for runs in pair)
         grid = most * np.geomspace(0.25, 1 - 1e-9, 16)
-        gaps.append(float(np.mean(best_loss(pair[0], grid) - best_loss(pair[1], grid))))
+        gaps.append(float(np.nanmean(best_loss(pair[0], grid) - best_loss(pair[1], grid))))
     return over_seeds(gaps)
 
 
