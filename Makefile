@@ -32,9 +32,10 @@ test-py312:
 bench: $(VENV)/.installed-all
 	$(BIN)/python -m experiments.bench $(ARGS)
 
-# The papers' tables at the scale of this machine (under an hour on two cores).
+# The papers' tables at the scale of this machine: under an hour for each paper on two cores. make tables TABLES=minimax_01/cost
+TABLES ?= deepseek_r1/zero $(addprefix minimax_01/,scaling retrieval architecture length cost)
 tables: $(VENV)/.installed
-	$(BIN)/python -m experiments.table deepseek_r1/zero --scale=cpu $(ARGS)
+	for table in $(TABLES); do $(BIN)/python -m experiments.table $$table --scale=cpu $(ARGS) || exit 1; done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
