@@ -1,6 +1,6 @@
 """A hybrid of lightning and softmax attention with experts beside transformers' MiniMax: the same weights and tokens.
 
-    python -m experiments.bench.hybrid [--rounds=3] [--json=hybrid.json]
+    python -m experiments.bench.hybrid [--rounds=2] [--json=hybrid.json]
 
 15.4 M parameters: 8 layers, every eighth with softmax attention, 8 experts of which a token takes 2. Prefill fills the
 cache and gives the last token's logits; a training step is forward, backward and AdamW on 16,384 tokens; decoding
@@ -8,6 +8,7 @@ samples 64 tokens after prompts of 16. The last rows time the lightning op alone
 """
 
 import dataclasses
+import math
 import statistics
 import tempfile
 import warnings
@@ -36,13 +37,14 @@ MODEL = dataclasses.replace(
     PRESETS["study-hybrid"], rotary_dim=None, scan_layers=False, moe=MoEConfig(8, aux_coef=0.0)
 )
 PREFILL, TRAIN = (1024, 4096, 16384), (1024, 4096, 16384)
-TOKENS = 16384  # of a training step
+TOKENS = 16384  # of a training step,
+MICRO = 2048  # of which a device computes so many at a time
 PROMPT, NEW = 16, 64
 OPTIM = OptimConfig(lr=1e-4, b2=0.95, weight_decay=0.1, clip_norm=1.0)
 FLAT = (4096, 16384, 65536, 262144)
 
 
-def rows(rounds: int = 3) -> list[measure.Row]:
+def rows(rounds: int = 2) -> list[measure.Row]:
     params = jax.jit(Decoder(MODEL).init)(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
     absent = measure.missing("torch", "transformers")
     rival = None if absent else Rival(params)
@@ -130,10 +132,12 @@ def prefill(params, rival, name, length, rounds):
 def train(params, rival, name, length, rounds):
     count = TOKENS // length
     tokens = np.random.default_rng(length).integers(0, MODEL.vocab_size, (count, length))
-    mesh = meshes.make({"data": 2 if count > 1 else 1}, jax.devices()[: 2 if count > 1 else 1])
+    devices = 2 if count > 1 else 1
+    mesh = meshes.make({"data": devices}, jax.devices()[:devices])
     optimizer = optim.make(OPTIM, 100)
     update = step.data_parallel(
-        lambda p, batch: lm.loss_fn(Decoder(MODEL), p, batch), optimizer, mesh, micro_rows=max(1, 1024 // length)
+        lambda p, batch: lm.loss_fn(Decoder(MODEL), p, batch), optimizer, mesh,
+        micro_rows=math.gcd(count // devices, max(1, MICRO // length)),
     )  # fmt: skip
     learned = np.ones((count, length), np.float32)
     learned[:, 0] = 0
