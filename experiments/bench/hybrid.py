@@ -125,7 +125,7 @@ def prefill(params, rival, name, length, rounds):
     work = {"tokens": length}
     return measure.row(
         f"hybrid prefill, {length} tokens", mine, other, our_work=work, rival_work=work, rival_name=name,
-        amount=length, unit="tok/s", goal=3.0,
+        amount=length, unit="tok/s", goal=3.0, bound="matmuls of one row's tokens, and softmax scores of long ones",
     )  # fmt: skip
 
 
@@ -167,6 +167,7 @@ def train(params, rival, name, length, rounds):
     return measure.row(
         f"hybrid training step, {count} x {length} tokens", mine, other, our_work=work, rival_work=work,
         rival_name=name, amount=count * length, unit="tok/s", goal=3.0,
+        bound="activations of a long row are beyond the caches",
     )  # fmt: skip
 
 
@@ -186,6 +187,7 @@ def decode(params, rival, name, batch, rounds):
     return measure.row(
         f"hybrid decoding, batch {batch}", mine, other, our_work=shape, rival_work=other_shape,
         rival_name=name, amount=batch * NEW, unit="tok/s", goal=5.0,
+        bound="reading the weights: a chosen expert is copied before its matmul",
     )  # fmt: skip
 
 
