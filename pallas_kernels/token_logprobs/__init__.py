@@ -1,11 +1,17 @@
-"""Log-probability and entropy of given tokens from hidden states, without the [N, V] logits.
+"""Log-probability, entropy and log-normaliser from hidden states, without the [N, V] logits.
 
-z = hidden @ head / temperature;  logprob = z[label] - logsumexp(z);  entropy = -sum p log p.
+z = hidden @ head / temperature;  lse = logsumexp(z);  logprob = z[label] - lse;
+entropy = -sum p log p,  p = exp(z - lse).
 """
 
 import jax
+import jax.numpy as jnp
 
+from pallas_kernels.manual_axes import same_axes
 from pallas_kernels.token_logprobs import reference, xla
+from pallas_kernels.token_logprobs.vocabulary import Scores
+
+__all__ = ["IMPLEMENTATIONS", "Scores", "token_logprobs"]
 
 IMPLEMENTATIONS = {"reference": reference.token_logprobs, "xla": xla.token_logprobs}
 
@@ -16,20 +22,23 @@ def token_logprobs(
     labels_N: jax.Array,
     *,
     temperature: float = 1.0,
+    axis_name: str | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> Scores:
     """Scores `labels` under softmax(hidden @ head / temperature).
 
     Args:
-      hidden_ND: `[N, D]`, any float type; the product accumulates in float32.
-      head_DV: `[D, V]`.
-      labels_N: int `[N]`, each in [0, V).
+      hidden_ND: `[N, D]`, any float type; the product accumulates in float32. N may be 0.
+      head_DV: `[D, V]`; with `axis_name` this device's V columns of a vocabulary of V times the axis.
+      labels_N: int `[N]`, each in the whole vocabulary.
       temperature: a positive Python float.
+      axis_name: the axis of `jax.shard_map` over which the vocabulary lies, in order. Hidden states
+        and labels are then the same on its devices, and so are the scores and their cotangents.
       implementation: 'reference', 'xla', or None for the fastest.
 
     Returns:
-      float32 log-probabilities `[N]` and entropies `[N]`, in nats. Both have gradients with respect
-      to hidden and head.
+      `Scores` (logprob, entropy, lse), float32 `[N]` in nats. All have gradients with respect to
+      hidden (of the whole vocabulary, on every device) and head (of this device's columns).
 
     Raises:
       ValueError: shapes that do not fit, temperature that is not positive, unknown implementation.
@@ -39,10 +48,15 @@ def token_logprobs(
             f"need hidden [N, D] and head [D, V], got {hidden_ND.shape} and {head_DV.shape}"
         )
     if labels_N.shape != hidden_ND.shape[:1]:
-        raise ValueError(f"need one label per row of hidden {hidden_ND.shape}, got {labels_N.shape}")
+        raise ValueError(
+            f"need one label per row of hidden {hidden_ND.shape}, got {labels_N.shape}"
+        )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     implementation = implementation or "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is none of {sorted(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[implementation](hidden_ND, head_DV, labels_N, temperature)
+    if not len(labels_N):
+        return Scores(*(jnp.sum(hidden_ND, axis=1, dtype=jnp.float32) for _ in Scores._fields))
+    hidden_ND, head_DV, labels_N = same_axes(hidden_ND, head_DV, labels_N, but=axis_name)
+    return IMPLEMENTATIONS[implementation](hidden_ND, head_DV, labels_N, temperature, axis_name)

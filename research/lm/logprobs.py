@@ -59,7 +59,8 @@ def token_logprobs(
         same = segment_ids[:, 1:] == segment_ids[:, :-1]
         follows_BT &= jnp.pad(same, ((0, 0), (1, 0))) & (segment_ids > 0)
     logprobs_BT, entropy_BT = (
-        jnp.where(follows_BT, jnp.roll(x.reshape(B, T), 1, axis=1), 0.0) for x in scores
+        jnp.where(follows_BT, jnp.roll(x.reshape(B, T), 1, axis=1), 0.0)
+        for x in (scores.logprob, scores.entropy)
     )
     stats = collected["router"]["stats"][0] if model.config.moe else None
     return Scores(logprobs_BT, entropy_BT, stats)
