@@ -4,13 +4,19 @@ y_n = sum_k weights_nk down_e(silu(gate_e x_n) * up_e x_n),  e = experts_nk   (M
 """
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.moe_dispatch import reference, xla
+from pallas_kernels import dispatch
+from pallas_kernels.moe_dispatch import pallas, reference, xla
 from pallas_kernels.moe_dispatch.routing import Routing, route
 
 __all__ = ["IMPLEMENTATIONS", "Routing", "moe_mlp", "route"]
 
-IMPLEMENTATIONS = {"reference": reference.moe_mlp, "xla": xla.moe_mlp}
+IMPLEMENTATIONS = {
+    "reference": reference.moe_mlp,
+    "xla": xla.moe_mlp,
+    "pallas": pallas.moe_mlp,
+}
 
 
 def moe_mlp(
@@ -27,7 +33,7 @@ def moe_mlp(
     """The weighted sum of the chosen experts' outputs.
 
     Args:
-      x_ND: `[N, D]`, any float type; products accumulate in float32.
+      x_ND: `[N, D]`, any float type; products accumulate in float32. N may be 0.
       gate_EDF, up_EDF: `[E, D, F]`; down_EFD: `[E, F, D]`.
       experts_NK: int `[N, K]`, each in [0, E], an expert at most once in a row. E is nowhere: such
         a pair (padding) costs nothing, takes no capacity and adds nothing.
@@ -35,14 +41,16 @@ def moe_mlp(
       capacity: how many pairs an expert takes, all first choices before second ones and tokens in
         their order (Lepikhin et al. 2021, GShard). The rest adds nothing; weights are not
         normalised again. None: all.
-      implementation: 'reference', 'xla', or None for the fastest.
+      implementation: 'reference', 'xla', 'pallas' (GPU, TPU), or None for the fastest that serves
+        the call.
 
     Returns:
       y_ND in x's type, with gradients with respect to x, gate, up, down and weights; and kept_NK,
       bool: which pairs an expert computed.
 
     Raises:
-      ValueError: shapes that do not fit, a capacity below 1, unknown implementation.
+      ValueError: shapes that do not fit, a capacity below 1, unknown implementation, or 'pallas'
+        where it cannot serve, with the reason.
     """
     E, D, F = gate_EDF.shape if gate_EDF.ndim == 3 else (0, 0, 0)
     if not E or up_EDF.shape != (E, D, F) or down_EFD.shape != (E, F, D):
@@ -58,9 +66,10 @@ def moe_mlp(
         raise ValueError(f"need one weight per choice {experts_NK.shape}, got {weights_NK.shape}")
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}")
-    implementation = implementation or "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r} is none of {sorted(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[implementation](
-        x_ND, gate_EDF, up_EDF, down_EFD, experts_NK, weights_NK, capacity
+    operands = x_ND, gate_EDF, up_EDF, down_EFD, experts_NK
+    name = dispatch.choose(
+        "moe_mlp", implementation, IMPLEMENTATIONS, lambda target: pallas.refusal(target, *operands)
     )
+    if len(x_ND) == 0:
+        return x_ND, jnp.zeros(experts_NK.shape, bool)
+    return IMPLEMENTATIONS[name](*operands, weights_NK, capacity)

@@ -53,7 +53,7 @@ def backward(
     x_ND, gate_EDF, up_EDF, down_EFD, weights_R, gate_RF, up_RF, d_y_ND, tokens_R, counts_E, *,
     sizes,
 ):  # fmt: skip
-    """d_x_RD, d_weight_R, d_gate_EDF, d_up_EDF, d_down_EFD; equations in `xla`."""
+    """d_x_RD, d_weight_R, d_gate_EDF, d_up_EDF, d_down_EFD; equations in `permute`."""
     dtype = x_ND.dtype
 
     def expert(e, over_blocks, outputs):

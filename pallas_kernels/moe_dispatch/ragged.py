@@ -25,7 +25,7 @@ def backward(
     x_ND, gate_EDF, up_EDF, down_EFD, weights_R, gate_RF, up_RF, d_y_ND, tokens_R, counts_E, *,
     multiple,
 ):  # fmt: skip
-    """d_x_RD, d_weight_R, d_gate_EDF, d_up_EDF, d_down_EFD; equations in `xla`."""
+    """d_x_RD, d_weight_R, d_gate_EDF, d_up_EDF, d_down_EFD; equations in `permute`."""
     dtype = x_ND.dtype
     sizes_E = routing.round_up(counts_E, multiple)
     by_expert = functools.partial(_by_expert, sizes_E=sizes_E, transposed=True)

@@ -1,80 +1,43 @@
 """Portable and dropless at the cost of the chosen experts: pairs sorted by expert, matmuls grouped.
 
-Backward needs no scatter: the gradient of a gather by a permutation is the gather by its inverse,
-and those of the weights are grouped matmuls. It keeps what gate and up gave, a row for each pair.
-
 The grouped matmuls are `ragged_dot` on accelerators (`ragged.py`). On CPUs that computes every
 expert for every row, so there loops go over the experts that have rows (`blocks.py`).
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels.manual_axes import same_axes
-from pallas_kernels.moe_dispatch import blocks, ragged, routing
+from pallas_kernels.moe_dispatch import blocks, permute, ragged
 
 
 def moe_mlp(x_ND, gate_EDF, up_EDF, down_EFD, experts_NK, weights_NK, capacity):
-    # Under shard_map all operands vary over the same axes from here on: loops want carries of one
-    # type, and the gradient of a weight that does not vary is then summed by the cast's transpose.
-    x_ND, gate_EDF, up_EDF, down_EFD, experts_NK, weights_NK = same_axes(
-        x_ND, gate_EDF, up_EDF, down_EFD, experts_NK, weights_NK.astype(jnp.float32)
+    experts = ByPlatform(blocks.block_sizes(experts_NK.size, gate_EDF.shape[0]))
+    return permute.moe_mlp(
+        x_ND, gate_EDF, up_EDF, down_EFD, experts_NK, weights_NK, capacity, experts
     )
-    num_experts = gate_EDF.shape[0]
-    sizes = blocks.block_sizes(experts_NK.size, num_experts)
-    grouping = routing.group(experts_NK, num_experts, capacity, multiple=sizes[-1])
-    y_ND = _moe_mlp(x_ND, gate_EDF, up_EDF, down_EFD, weights_NK, grouping, sizes)
-    return y_ND, grouping.kept_NK
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _moe_mlp(x_ND, gate_EDF, up_EDF, down_EFD, weights_NK, grouping, sizes):
-    return _forward(x_ND, gate_EDF, up_EDF, down_EFD, weights_NK, grouping, sizes, False)[0]
+class ByPlatform(NamedTuple):
+    """`permute.Experts` for the machine that this is compiled for; sizes: rows of CPUs' blocks."""
 
+    sizes: tuple[int, ...]
 
-def _forward(x_ND, gate_EDF, up_EDF, down_EFD, weights_NK, grouping, sizes, keep=True):
-    out_RD, kept = _by_platform(
-        functools.partial(blocks.forward, sizes=sizes, keep=keep),
-        functools.partial(ragged.forward, multiple=sizes[-1], keep=keep),
-        x_ND, gate_EDF, up_EDF, down_EFD, grouping.tokens_R, grouping.counts_E,
-    )  # fmt: skip
-    out_NKD = out_RD.at[grouping.rows_NK].get(mode="fill", fill_value=0)  # 0 where dropped
-    y_ND = jnp.sum(weights_NK[:, :, None] * out_NKD, axis=1).astype(x_ND.dtype)
-    return y_ND, (x_ND, gate_EDF, up_EDF, down_EFD, weights_NK, grouping, kept)
+    @property
+    def multiple(self):
+        return self.sizes[-1]
 
+    def forward(self, *operands, keep):
+        return jax.lax.platform_dependent(
+            *operands,
+            cpu=functools.partial(blocks.forward, sizes=self.sizes, keep=keep),
+            default=functools.partial(ragged.forward, multiple=self.multiple, keep=keep),
+        )
 
-def _backward(sizes, residuals, d_y_ND):
-    """With g, u what gate and up gave, a = silu(g) u, and t = d_y down^T of a pair of weight w:
-
-    d_w = t . a;  d_a = w t;  d_g = d_a u silu'(g);  d_u = d_a silu(g);
-    d_x = sum_k d_g gate^T + d_u up^T;  d_gate = x^T d_g;  d_up = x^T d_u;  d_down = (w a)^T d_y.
-    """
-    x_ND, gate_EDF, up_EDF, down_EFD, weights_NK, grouping, kept = residuals
-    weights_R = weights_NK.T.reshape(-1).at[grouping.pairs_R].get(mode="fill", fill_value=0)
-    d_x_RD, d_weight_R, d_gate_EDF, d_up_EDF, d_down_EFD = _by_platform(
-        functools.partial(blocks.backward, sizes=sizes),
-        functools.partial(ragged.backward, multiple=sizes[-1]),
-        x_ND, gate_EDF, up_EDF, down_EFD, weights_R, *kept, d_y_ND, grouping.tokens_R, grouping.counts_E,
-    )  # fmt: skip
-    d_x_NKD = d_x_RD.at[grouping.rows_NK].get(mode="fill", fill_value=0)
-    d_x_ND = jnp.sum(d_x_NKD, axis=1, dtype=jnp.float32).astype(x_ND.dtype)
-    d_weights_NK = d_weight_R.at[grouping.rows_NK].get(mode="fill", fill_value=0)
-    return d_x_ND, d_gate_EDF, d_up_EDF, d_down_EFD, d_weights_NK, None
-
-
-_moe_mlp.defvjp(_forward, _backward)
-
-
-def _by_platform(on_cpu, elsewhere, *operands):
-    """One of two functions of the operands. Under vmap, one call for each element of the batch:
-
-    loops of different lengths would all run as long as the longest, and `ragged_dot` has no rule.
-    """
-
-    @jax.custom_batching.sequential_vmap
-    def call(*operands):
-        return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
-
-    return call(*operands)
+    def backward(self, *operands):
+        return jax.lax.platform_dependent(
+            *operands,
+            cpu=functools.partial(blocks.backward, sizes=self.sizes),
+            default=functools.partial(ragged.backward, multiple=self.multiple),
+        )
