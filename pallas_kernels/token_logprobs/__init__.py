@@ -7,13 +7,18 @@ entropy = -sum p log p,  p = exp(z - lse).
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import choose
 from pallas_kernels.manual_axes import same_axes
-from pallas_kernels.token_logprobs import reference, xla
+from pallas_kernels.token_logprobs import pallas, reference, xla
 from pallas_kernels.token_logprobs.vocabulary import Scores
 
 __all__ = ["IMPLEMENTATIONS", "Scores", "token_logprobs"]
 
-IMPLEMENTATIONS = {"reference": reference.token_logprobs, "xla": xla.token_logprobs}
+IMPLEMENTATIONS = {
+    "reference": reference.token_logprobs,
+    "xla": xla.token_logprobs,
+    "pallas": pallas.token_logprobs,
+}
 
 
 def token_logprobs(
@@ -34,14 +39,15 @@ def token_logprobs(
       temperature: a positive Python float.
       axis_name: the axis of `jax.shard_map` over which the vocabulary lies, in order. Hidden states
         and labels are then the same on its devices, and so are the scores and their cotangents.
-      implementation: 'reference', 'xla', or None for the fastest.
+      implementation: 'reference', 'xla', 'pallas', or None for the fastest.
 
     Returns:
       `Scores` (logprob, entropy, lse), float32 `[N]` in nats. All have gradients with respect to
       hidden (of the whole vocabulary, on every device) and head (of this device's columns).
 
     Raises:
-      ValueError: shapes that do not fit, temperature that is not positive, unknown implementation.
+      ValueError: shapes that do not fit, temperature that is not positive, unknown implementation, or
+        one that cannot do this, with the reason.
     """
     if hidden_ND.ndim != 2 or head_DV.ndim != 2 or hidden_ND.shape[1] != head_DV.shape[0]:
         raise ValueError(
@@ -53,9 +59,12 @@ def token_logprobs(
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    implementation = implementation or "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r} is none of {sorted(IMPLEMENTATIONS)}")
+    implementation = choose(
+        "token_logprobs",
+        implementation,
+        IMPLEMENTATIONS,
+        lambda target: pallas.refusal(target, hidden_ND, head_DV),
+    )
     if not len(labels_N):
         return Scores(*(jnp.sum(hidden_ND, axis=1, dtype=jnp.float32) for _ in Scores._fields))
     hidden_ND, head_DV, labels_N = same_axes(hidden_ND, head_DV, labels_N, but=axis_name)

@@ -1,0 +1,89 @@
+"""What the TPU and GPU kernels share: paddings, tilings, and what they refuse."""
+
+import functools
+
+import jax.numpy as jnp
+
+from pallas_kernels import chips
+from pallas_kernels.tilings import TILINGS
+from pallas_kernels.token_logprobs import tpu
+from pallas_kernels.token_logprobs.vocabulary import Part, Rows, Scores, scores
+
+
+def token_logprobs(hidden_ND, head_DV, labels_N, temperature, axis_name=None) -> Scores:
+    target = chips.current()
+    part = Part(functools.partial(_forward, target), functools.partial(_backward, target))
+    return scores(part, hidden_ND, head_DV, labels_N, temperature, axis_name)
+
+
+def refusal(target: chips.Target, hidden_ND, head_DV) -> str | None:
+    """Why the kernels cannot do this on that chip; None if they can."""
+    known = ("bfloat16", "float32") if target.chip.platform == "tpu" else ("bfloat16",)
+    if hidden_ND.dtype != head_DV.dtype or hidden_ND.dtype.name not in known:
+        return (
+            f"hidden states and head must both be {' or '.join(known)}, "
+            f"got {hidden_ND.dtype} and {head_DV.dtype}"
+        )
+    D = hidden_ND.shape[1]
+    if D % 128:
+        return f"the hidden size {D} is no multiple of 128"
+    if target.chip.platform == "tpu":
+        for name in tpu.VMEM:
+            if not _tiling(target.chip, name, 128, 128, D, hidden_ND.dtype.itemsize):
+                return f"tiles of hidden size {D} do not fit the VMEM of a {target.chip.name}"
+    return None
+
+
+def _forward(target, hidden_ND, head_DV, labels_N, temperature):
+    outputs = _call(target, "forward", temperature, hidden_ND, head_DV, labels_N)
+    return tuple(x[: len(labels_N)] for x in outputs)
+
+
+def _backward(target, hidden_ND, head_DV, labels_N, rows, temperature):
+    call = functools.partial(_call, target, temperature=temperature)
+    operands = dict(hidden_ND=hidden_ND, head_DV=head_DV, labels_N=labels_N, rows=rows)
+    d_hidden_ND, d_head_DV = call("d_hidden", **operands), call("d_head", **operands)
+    return d_hidden_ND[: len(labels_N)], d_head_DV[:, : head_DV.shape[1]]
+
+
+def _call(target, name, temperature, hidden_ND, head_DV, labels_N, rows=()):
+    """A kernel, on whole tiles of rows and a multiple of 128 columns: the ones added are zeros."""
+    (N, D), V = hidden_ND.shape, head_DV.shape[1]
+    tiling = _tiling(target.chip, name, N, V, D, head_DV.dtype.itemsize)
+    more = -N % tiling["rows"]
+    hidden_ND = jnp.pad(hidden_ND, ((0, more), (0, 0)))
+    head_DV = jnp.pad(head_DV, ((0, 0), (0, -V % 128)))
+    labels_N, *rows = (jnp.pad(x, (0, more)) for x in (labels_N, *rows))
+    return getattr(tpu, name)(
+        hidden_ND,
+        head_DV,
+        labels_N,
+        *([Rows(*rows)] if rows else []),
+        scale=1 / temperature,
+        columns=V,
+        tiling=tiling,
+        vmem=target.chip.vmem * 15 // 16,
+        interpret=target.interpret,
+    )
+
+
+def _tiling(chip, name, N, V, D, itemsize):
+    """The chip's, made smaller for few rows, a small vocabulary, or hidden states that are wider.
+
+    None where not even the smallest tiles fit.
+    """
+    tiling = TILINGS[chip.name][f"token_logprobs_{name}"]
+    rows, columns = tiling["rows"], min(tiling["columns"], _round_up(V, 128))
+    while tpu.VMEM[name](rows, columns, D, itemsize) > 0.75 * chip.vmem:
+        if max(rows, columns) == 128:
+            return None
+        if rows >= columns:
+            rows = _round_up(rows // 2, 128)
+        else:
+            columns = _round_up(columns // 2, 128)
+    even = -(-N // -(-N // rows))  # as many tiles, of rows as equal as they can be
+    return dict(rows=_round_up(even, tpu.PART if even > tpu.PART else 128), columns=columns)
+
+
+def _round_up(size, multiple):
+    return -(-size // multiple) * multiple
