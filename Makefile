@@ -11,7 +11,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test test-slow test-py312 bench tables lint clean
+.PHONY: run test test-slow test-py312 kernels-check bench tables lint clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
@@ -26,7 +26,15 @@ test-slow: $(VENV)/.installed-all
 
 # A part of the suite on the other pair of JAX and Flax that setup.cfg names.
 test-py312:
-	$(MAKE) test PYTHON=python3.12 VENV=.venv312 PYTEST_ARGS="tests/core tests/rl tests/lm $(PYTEST_ARGS)"
+	$(MAKE) test PYTHON=python3.12 VENV=.venv312 PYTEST_ARGS="tests/core tests/rl tests/lm tests/pallas_kernels $(PYTEST_ARGS)"
+
+# Every Pallas kernel: right when interpreted, compiled by the real compilers of GPU and TPU, within its budget.
+kernels-check:
+	$(MAKE) .kernels-check PYTHON=python3.12 VENV=.venv-kernels
+
+.PHONY: .kernels-check
+.kernels-check: $(VENV)/.installed-kernels
+	$(BIN)/python -m pallas_kernels.check $(ARGS)
 
 # Sampling, a GRPO step, tokenising and packing beside public rivals on the same work.
 bench: $(VENV)/.installed-all
@@ -41,7 +49,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv .venv312 .cache build *.egg-info
+	rm -rf .venv .venv312 .venv-kernels .cache build *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -56,3 +64,6 @@ $(VENV)/.installed-dev: setup.cfg | $(BIN)/python
 
 $(VENV)/.installed-all: setup.cfg | $(BIN)/python
 	$(PIP) -e '.[dev,parity,notebooks,gym]' && touch $@ $(VENV)/.installed $(VENV)/.installed-dev
+
+$(VENV)/.installed-kernels: setup.cfg | $(BIN)/python
+	$(PIP) -e '.[kernels]' && touch $@
