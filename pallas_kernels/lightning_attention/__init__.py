@@ -7,13 +7,20 @@ With decay e^(-s) of a head, and its state S, a [K, V] matrix:
 There is neither a softmax nor a scale. |S| grows like 1/s, so the output needs a norm.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.lightning_attention import reference, xla
+from pallas_kernels.dispatch import choose
+from pallas_kernels.lightning_attention import pallas, reference, xla
 from pallas_kernels.manual_axes import same_axes
 
-IMPLEMENTATIONS = {"reference": reference.lightning_attention, "xla": xla.lightning_attention}
+IMPLEMENTATIONS = {
+    "reference": reference.lightning_attention,
+    "xla": xla.lightning_attention,
+    "pallas": pallas.lightning_attention,
+}
 BLOCKS = {"cpu": 64}  # tokens per block that measured fastest; elsewhere
 DEFAULT_BLOCK = 256  # the paper's
 
@@ -46,9 +53,10 @@ def lightning_attention(
         changes, at any token.
       lengths: int `[B]`, 0 to T: tokens that are there, of rows padded on the right (with finite
         values). Outputs of padding are zero, and it neither enters nor decays the final state.
-      block: tokens per block of the chunked form, which changes speed and rounding only; 0 lets
-        the op choose.
-      implementation: 'reference', 'xla', or None for the fastest.
+      block: tokens per block of XLA's chunked form, which changes speed and rounding only; 0 lets
+        the op choose. The Pallas kernels have their own.
+      implementation: 'reference', 'xla', 'pallas' (TPU and GPU, heads of 128; the GPU's takes
+        bfloat16 alone), or None for the fastest.
 
     Returns:
       o `[B, T, H, V]` in q's dtype, and the final state, float32 `[B, H, K, V]`, of the last token's
@@ -56,7 +64,8 @@ def lightning_attention(
       whatever the inputs are; bfloat16 inputs are multiplied as bfloat16.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, a negative block, unknown implementation.
+      ValueError: shapes or dtypes that do not fit, a negative block, an unknown implementation, or
+        'pallas' for what it cannot serve.
     """
     B, T, H, K = _shape(q_BTHK, 4, "q")
     V = _shape(v_BTHV, 4, "v")[3]
@@ -74,9 +83,8 @@ def lightning_attention(
         _need("lengths", lengths, (B,), jnp.integer)
     if block < 0:
         raise ValueError(f"block must be positive, or 0 for the op's own choice, got {block}")
-    implementation = implementation or "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r} is none of {sorted(IMPLEMENTATIONS)}")
+    refusal = functools.partial(pallas.refusal, q=q_BTHK, k=k_BTHK, v=v_BTHV)
+    implementation = choose("lightning_attention", implementation, IMPLEMENTATIONS, refusal)
     block = min(T, block or BLOCKS.get(jax.default_backend(), DEFAULT_BLOCK))
     dtypes = {x.dtype for x in (q_BTHK, k_BTHK, v_BTHV)}
     dtype = jnp.bfloat16 if dtypes == {jnp.dtype(jnp.bfloat16)} else jnp.float32
