@@ -12,6 +12,7 @@ of README.md. `make kernels-check` runs it all, in the environment that it needs
 
 import argparse
 import collections
+import concurrent.futures
 import datetime
 import importlib.metadata
 import json
@@ -118,11 +119,13 @@ def run(wanted: dict[str, list[str]], record: dict) -> dict[str, dict[str, tuple
                 with lock:
                     queue.appendleft((target, rest))
 
-    threads = [threading.Thread(target=work) for _ in range(PROCESSES)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with concurrent.futures.ThreadPoolExecutor(PROCESSES) as pool:
+        futures = [pool.submit(work) for _ in range(PROCESSES)]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            queue.clear()
     return results
 
 
@@ -136,27 +139,29 @@ def _process(target, labels, report) -> list[str]:
             {"JAX_PLATFORMS": "cpu"} if target == "cpu" else compile.environment(target, dump)
         )
         command = [sys.executable, "-m", "pallas_kernels.aot.worker", target, str(dump), *labels]
-        with talk.open("w") as stderr:
-            child = subprocess.Popen(
+        with (
+            talk.open("w") as stderr,
+            subprocess.Popen(
                 command,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
                 env=os.environ | variables,
                 cwd=HERE.parent,
-            )
-        timer = threading.Timer(PATIENCE, child.kill)
-        timer.start()
-        for line in child.stdout:
-            if line.startswith("RESULT "):
-                timer.cancel()
-                timer = threading.Timer(PATIENCE, child.kill)
-                timer.start()
-                result = json.loads(line.removeprefix("RESULT "))
-                labels.remove(result["label"])
-                report(target, **result)
-        code = child.wait()
-        timer.cancel()
+            ) as child,
+        ):
+            timer = threading.Timer(PATIENCE, child.kill)
+            timer.start()
+            for line in child.stdout:
+                if line.startswith("RESULT "):
+                    timer.cancel()
+                    timer = threading.Timer(PATIENCE, child.kill)
+                    timer.start()
+                    result = json.loads(line.removeprefix("RESULT "))
+                    labels.remove(result["label"])
+                    report(target, **result)
+            code = child.wait()
+            timer.cancel()
         if labels:  # died on the first of them
             last = " ".join(talk.read_text().split())[-400:]
             reason = f"its process ended with {code} (a case may take {PATIENCE} s): …{last}"
