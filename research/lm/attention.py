@@ -86,7 +86,9 @@ class Attention(nn.Module):
             v_MSK = jax.lax.dynamic_update_slice(cache[1], v_MTK, (0, slot, 0))
             cache = (k_MKS, v_MSK)
         if bias_BTS is None:
-            y_BTNGK = flash_attention(q_BTNGK, k_BTNK, v_BTNK, segment_ids=segment_ids)
+            y_BTNGK = flash_attention(
+                q_BTNGK, k_BTNK, v_BTNK, segment_ids=segment_ids, implementation=c.implementation
+            )
         else:
             y_BTNGK = _from_rows(_attend(_to_rows(q_BTNGK), *cache, bias_BTS), B, T)
         out_NGKD, _ = Kernel(c, (N, G, K, D), stds=(out_std,), name="o")()

@@ -117,6 +117,7 @@ class DecoderConfig:
     param_dtype: str = "float32"
     scan_layers: bool = True  # one compiled layer, or (False) unrolled: faster for small models
     remat: Literal["none", "full", "dots"] = "none"  # what backward recomputes; dots: all but matmuls
+    kernels: Literal["auto", "reference", "xla", "pallas"] = "auto"  # implementation of every op of `pallas_kernels`
     init: Literal["normal", "deepnorm"] = "normal"
     init_std: float = 0.02
 
@@ -146,11 +147,18 @@ class DecoderConfig:
             raise ValueError(f"init must be 'normal' or 'deepnorm', got {self.init!r}")
         if self.remat not in ("none", "full", "dots"):
             raise ValueError(f"remat must be 'none', 'full' or 'dots', got {self.remat!r}")
+        if self.kernels not in ("auto", "reference", "xla", "pallas"):
+            raise ValueError(f"kernels must be 'auto', 'reference', 'xla' or 'pallas', got {self.kernels!r}")
 
     @property
     def layer_mixers(self) -> tuple[str, ...]:
         """The mixer of every layer."""
         return self.mixers * (self.num_layers // len(self.mixers))
+
+    @property
+    def implementation(self) -> str | None:
+        """`kernels` as the ops take it."""
+        return None if self.kernels == "auto" else self.kernels
 
     @property
     def turned_dim(self) -> int:

@@ -42,7 +42,7 @@ class Config:
     """A DPO run.
 
     init_from: an HF directory or the directory of a run, whose model and tokenizer are taken.
-    dtype, remat, scan_layers, rope_theta, max_position: in place of the model's own; None: as it has them.
+    dtype, remat, scan_layers, kernels, rope_theta, max_position: in place of the model's own; None: as it has them.
     data: its sources have `prompt_key`, `chosen_key` and `rejected_key`; `batch_size` counts pairs and `seq_len` is
       that of one prompt and response. Pairs of which a response is longer are left out.
     chat: prompts go through the tokenizer's chat template.
@@ -58,6 +58,7 @@ class Config:
     dtype: str | None = None
     remat: Literal["none", "full", "dots"] | None = None
     scan_layers: bool | None = None
+    kernels: Literal["auto", "reference", "xla", "pallas"] | None = None
     rope_theta: float | None = None
     max_position: int | None = None
     data: DataConfig = DataConfig(pack="none", overlong="drop")

@@ -59,9 +59,10 @@ class Lightning(nn.Module):
 
         qkv_BTH3K = jax.nn.silu(dense(x_BTD, qkv_DH3K.reshape(D, -1))).reshape(B, T, H, 3, K)
         q, k, v = (x[:, :, :, 0] for x in jnp.split(qkv_BTH3K, 3, axis=3))
+        how = {"block": c.lightning.block, "implementation": c.implementation}
         if state is None:
             y_BTHK, _ = op.lightning_attention(
-                q, k, v, slopes_H, segment_ids=segment_ids, block=c.lightning.block
+                q, k, v, slopes_H, segment_ids=segment_ids, **how
             )
         else:
             v = jnp.where(valid_BT[:, :, None, None], v, 0)
@@ -71,7 +72,7 @@ class Lightning(nn.Module):
                 y_BTHK = y_BHK[:, None]
             else:
                 y_BTHK, state_BHKK = op.lightning_attention(
-                    q, k, v, slopes_H, initial_state=state_BHKK, block=c.lightning.block
+                    q, k, v, slopes_H, initial_state=state_BHKK, **how
                 )
             state = state_BHKK.reshape(B * H, K, K)
         y = y_BTHK.astype(jnp.float32).reshape(B, T, -1)

@@ -53,6 +53,7 @@ def token_logprobs(
         head_kernel(params, model.config).astype(hidden_BTD.dtype),
         next_BT.reshape(-1),
         temperature=temperature,
+        implementation=model.config.implementation,
     )
     follows_BT = jnp.broadcast_to(jnp.arange(T) > 0, (B, T))
     if segment_ids is not None:

@@ -84,8 +84,9 @@ class MoE(nn.Module):
         if capacity_factor > 0:
             capacity = math.ceil(capacity_factor * moe.top_k * len(x_ND) / E)
         y_ND, kept_NK = moe_mlp(
-            x_ND, gate_EDF, up_EDF, down_EFD, experts_NK, routing.weights_NK, capacity=capacity
-        )
+            x_ND, gate_EDF, up_EDF, down_EFD, experts_NK, routing.weights_NK, capacity=capacity,
+            implementation=c.implementation,
+        )  # fmt: skip
         probs_NE = jnp.where(valid_N[:, None], routing.probs_NE, 0.0)
         entropy_N = -jnp.sum(probs_NE * jax.nn.log_softmax(logits_NE), axis=1)
         stats = RouterStats(

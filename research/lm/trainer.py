@@ -47,8 +47,8 @@ class Config:
       start from random parameters of `model`.
     tokenizer: a directory with tokenizer.json, or 'byte'; empty: the one of `init_from`.
     special_tokens: those of a 'byte' tokenizer.
-    dtype, remat, scan_layers, rope_theta, max_position: in place of the model's own; None: as it
-      has them.
+    dtype, remat, scan_layers, kernels, rope_theta, max_position: in place of the model's own;
+      None: as it has them.
     chat: prompts go through the tokenizer's chat template.
     micro_rows: rows that a device computes at a time (0: all of its share; with a batch ramp, the
       most of which all its batches are multiples).
@@ -68,6 +68,7 @@ class Config:
     dtype: str | None = None
     remat: Literal["none", "full", "dots"] | None = None
     scan_layers: bool | None = None
+    kernels: Literal["auto", "reference", "xla", "pallas"] | None = None
     rope_theta: float | None = None
     max_position: int | None = None
     data: DataConfig = DataConfig()
@@ -314,7 +315,7 @@ def _model(config: Config, params: Any, tokenizer: Tokenizer | None):
 
 def with_own(shape: DecoderConfig, config: Any) -> DecoderConfig:
     """`shape` with what a run's `config` sets in place of the model's own."""
-    names = ("dtype", "remat", "scan_layers", "rope_theta", "max_position")
+    names = ("dtype", "remat", "scan_layers", "kernels", "rope_theta", "max_position")
     own = {name: getattr(config, name) for name in names}
     return dataclasses.replace(shape, **{k: v for k, v in own.items() if v is not None})
 

@@ -137,6 +137,7 @@ class Config:
     """An RL run.
 
     init_from: an HF directory or the directory of a run, whose model and tokenizer are taken.
+    dtype, remat, scan_layers, kernels: how the model is run, see `DecoderConfig`.
     advantage_scale, advantage_ddof: see `advantages.group_relative`.
     mask_truncated: leave out responses that hit the length limit (the paper does not say; off keeps the pressure
       to finish).
@@ -154,6 +155,7 @@ class Config:
     dtype: str = "float32"
     remat: Literal["none", "full", "dots"] = "none"
     scan_layers: bool = True
+    kernels: Literal["auto", "reference", "xla", "pallas"] = "auto"
     task: TaskConfig = TaskConfig()
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -197,9 +199,8 @@ def build(
     """
     if model is None:
         model, params, tokenizer = checkpoints.load(config.init_from)
-    shape = dataclasses.replace(
-        model.config, dtype=config.dtype, remat=config.remat, scan_layers=config.scan_layers
-    )
+    own = {key: getattr(config, key) for key in ("dtype", "remat", "scan_layers", "kernels")}
+    shape = dataclasses.replace(model.config, **own)
     if shape.moe is not None:  # scored as they are sampled: no expert is ever full
         shape = dataclasses.replace(
             shape, moe=dataclasses.replace(shape.moe, capacity_factor=0.0, jitter=0.0)

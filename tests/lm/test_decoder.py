@@ -236,6 +236,7 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits():
         (dict(head_dim=5), "head_dim must be even"),
         (dict(num_layers=0), "num_layers must be at least 1"),
         (dict(remat="some"), "remat"),
+        (dict(kernels="triton"), "kernels must be 'auto'"),
     ],
 )
 def test_impossible_configs_are_refused(change, message):

@@ -162,9 +162,15 @@ def test_gradients_agree_however_layers_are_run():
         return jax.tree.leaves(jax.jit(jax.grad(loss))(params))
 
     plain = gradient(scan_layers=False)
-    for how in (dict(scan_layers=True, remat="dots"), dict(scan_layers=False, remat="full")):
+    scanned, unrolled = dict(scan_layers=True, remat="dots"), dict(scan_layers=False, remat="full")
+    for how in (scanned, unrolled, dict(scan_layers=False, kernels="reference")):
         for x, y in zip(plain, gradient(**how), strict=True):
             np.testing.assert_allclose(x, y, atol=1e-5 * max(1.0, float(jnp.abs(x).max())))
+
+
+def test_kernels_that_this_machine_cannot_run_are_refused():
+    with pytest.raises(ValueError, match="no TPU or GPU"):
+        apply(dataclasses.replace(TINY, kernels="pallas"), init(TINY), tokens())
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
