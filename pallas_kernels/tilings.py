@@ -11,7 +11,7 @@ TILINGS: dict[str, dict[str, dict[str, int]]] = {
         "moe_dispatch.tgmm": dict(rows=640, rows_out=1536, columns_out=512),
         "lightning_forward": dict(chunk=128, heads=16, ahead=3, cores=2),
         "lightning_state": dict(chunk=128, heads=16, cores=2),
-        "lightning_backward": dict(chunk=128, heads=8, ahead=3, cores=2),
+        "lightning_backward": dict(chunk=128, heads=16, ahead=3, cores=2),
         "token_logprobs_forward": dict(rows=1024, columns=512),
         "token_logprobs_d_hidden": dict(rows=512, columns=384),
         "token_logprobs_d_head": dict(rows=256, columns=384),
@@ -22,7 +22,7 @@ TILINGS: dict[str, dict[str, dict[str, int]]] = {
         "moe_dispatch.tgmm": dict(rows=640, rows_out=3072, columns_out=512),
         "lightning_forward": dict(chunk=128, heads=16, ahead=3, cores=1),
         "lightning_state": dict(chunk=128, heads=16, cores=1),
-        "lightning_backward": dict(chunk=128, heads=8, ahead=3, cores=1),
+        "lightning_backward": dict(chunk=128, heads=16, ahead=3, cores=1),
         "token_logprobs_forward": dict(rows=1024, columns=1024),
         "token_logprobs_d_hidden": dict(rows=1024, columns=512),
         "token_logprobs_d_head": dict(rows=512, columns=512),
@@ -33,10 +33,25 @@ TILINGS: dict[str, dict[str, dict[str, int]]] = {
         "moe_dispatch.tgmm": dict(rows=640, rows_out=1536, columns_out=512),
         "lightning_forward": dict(chunk=128, heads=16, ahead=3, cores=1),
         "lightning_state": dict(chunk=128, heads=16, cores=1),
-        "lightning_backward": dict(chunk=128, heads=8, ahead=3, cores=1),
+        "lightning_backward": dict(chunk=128, heads=16, ahead=3, cores=1),
         "token_logprobs_forward": dict(rows=1024, columns=512),
         "token_logprobs_d_hidden": dict(rows=512, columns=384),
         "token_logprobs_d_head": dict(rows=256, columns=384),
     },
-    "h200": {},
+    "h200": {
+        "moe_dispatch.gmm": dict(
+            block_rows=128, block_columns=256, stages=4, band=8, blocks=132, cluster=2
+        ),
+        "moe_dispatch.gmm.few": dict(
+            block_rows=64, block_columns=256, stages=4, band=8, blocks=132, cluster=1
+        ),
+        "moe_dispatch.gmm_swiglu": dict(
+            block_rows=128, block_columns=128, stages=4, band=8, blocks=132, cluster=2
+        ),
+        "moe_dispatch.gmm_swiglu.few": dict(
+            block_rows=64, block_columns=128, stages=4, band=8, blocks=132, cluster=1
+        ),
+        "moe_dispatch.tgmm": dict(block_columns=256, stages=4, blocks=132, cluster=2),
+        "token_logprobs": dict(stages=4, band=16, blocks=132, part_bytes=1 << 30),
+    },
 }
