@@ -33,7 +33,7 @@ def forward(q, k, v, slopes_H, initial, positions_BT, lengths_B, *, tiling, inte
     all R sequences, undefined for one that has no chunk.
     """
     return sweep(
-        functools.partial(_forward, ahead=tiling["ahead"]),
+        functools.partial(attend, ahead=tiling["ahead"]),
         "lightning_forward",
         {"q": q, "k": k, "v": v},
         *(slopes_H, initial, positions_BT, lengths_B),
@@ -62,7 +62,7 @@ def final_state(k, v, slopes_H, initial, positions_BT, lengths_B, *, tiling, int
     return state
 
 
-def _forward(r, decay, heads, ahead):
+def attend(r, decay, heads, ahead):
     weights = {}
     for h in range(-ahead, heads):
         # An MXU runs its products in the order of the program: what a product waits for must have
