@@ -17,8 +17,8 @@ TILINGS: dict[str, dict[str, dict[str, int]]] = {
         "token_logprobs_d_head": dict(rows=256, columns=384),
     },
     "v6e": {
-        "moe_dispatch.gmm": dict(rows=640, block=256, columns=1024),
-        "moe_dispatch.gmm_swiglu": dict(rows=640, block=256, columns=512),
+        "moe_dispatch.gmm": dict(rows=1024, block=512, columns=512),
+        "moe_dispatch.gmm_swiglu": dict(rows=1024, block=256, columns=512),
         "moe_dispatch.tgmm": dict(rows=640, rows_out=3072, columns_out=512),
         "lightning_forward": dict(chunk=128, heads=16, ahead=3, cores=1),
         "lightning_state": dict(chunk=128, heads=16, cores=1),

@@ -6,13 +6,16 @@ import jax.numpy as jnp
 
 from pallas_kernels import chips
 from pallas_kernels.tilings import TILINGS
-from pallas_kernels.token_logprobs import tpu
+from pallas_kernels.token_logprobs import gpu, tpu
 from pallas_kernels.token_logprobs.vocabulary import Part, Rows, Scores, scores
 
 
 def token_logprobs(hidden_ND, head_DV, labels_N, temperature, axis_name=None) -> Scores:
     target = chips.current()
-    part = Part(functools.partial(_forward, target), functools.partial(_backward, target))
+    forward, backward = (_tpu_forward, _tpu_backward)
+    if target.chip.platform == "gpu":
+        forward, backward = (_gpu_forward, _gpu_backward)
+    part = Part(functools.partial(forward, target), functools.partial(backward, target))
     return scores(part, hidden_ND, head_DV, labels_N, temperature, axis_name)
 
 
@@ -34,31 +37,44 @@ def refusal(target: chips.Target, hidden_ND, head_DV) -> str | None:
     return None
 
 
-def _forward(target, hidden_ND, head_DV, labels_N, temperature):
-    outputs = _call(target, "forward", temperature, hidden_ND, head_DV, labels_N)
+def _gpu_forward(target, hidden_ND, head_DV, labels_N, temperature):
+    outputs = gpu.forward(
+        *_padded(hidden_ND, head_DV, labels_N, gpu.ROWS, gpu.COLUMNS),
+        scale=1 / temperature,
+        columns=head_DV.shape[1],
+        tiling=TILINGS[target.chip.name]["token_logprobs"],
+        interpret=target.interpret,
+    )
     return tuple(x[: len(labels_N)] for x in outputs)
 
 
-def _backward(target, hidden_ND, head_DV, labels_N, rows, temperature):
-    call = functools.partial(_call, target, temperature=temperature)
+def _gpu_backward(target, hidden_ND, head_DV, labels_N, rows, temperature):
+    d_hidden_ND, d_head_DV = gpu.backward(
+        *_padded(hidden_ND, head_DV, labels_N, gpu.ROWS, gpu.COLUMNS, rows),
+        scale=1 / temperature,
+        tiling=TILINGS[target.chip.name]["token_logprobs"],
+        interpret=target.interpret,
+    )
+    return d_hidden_ND[: len(labels_N)], d_head_DV[:, : head_DV.shape[1]]
+
+
+def _tpu_forward(target, hidden_ND, head_DV, labels_N, temperature):
+    outputs = _tpu(target, "forward", temperature, hidden_ND, head_DV, labels_N)
+    return tuple(x[: len(labels_N)] for x in outputs)
+
+
+def _tpu_backward(target, hidden_ND, head_DV, labels_N, rows, temperature):
+    call = functools.partial(_tpu, target, temperature=temperature)
     operands = dict(hidden_ND=hidden_ND, head_DV=head_DV, labels_N=labels_N, rows=rows)
     d_hidden_ND, d_head_DV = call("d_hidden", **operands), call("d_head", **operands)
     return d_hidden_ND[: len(labels_N)], d_head_DV[:, : head_DV.shape[1]]
 
 
-def _call(target, name, temperature, hidden_ND, head_DV, labels_N, rows=()):
-    """A kernel, on whole tiles of rows and a multiple of 128 columns: the ones added are zeros."""
+def _tpu(target, name, temperature, hidden_ND, head_DV, labels_N, rows=()):
     (N, D), V = hidden_ND.shape, head_DV.shape[1]
     tiling = _tiling(target.chip, name, N, V, D, head_DV.dtype.itemsize)
-    more = -N % tiling["rows"]
-    hidden_ND = jnp.pad(hidden_ND, ((0, more), (0, 0)))
-    head_DV = jnp.pad(head_DV, ((0, 0), (0, -V % 128)))
-    labels_N, *rows = (jnp.pad(x, (0, more)) for x in (labels_N, *rows))
     return getattr(tpu, name)(
-        hidden_ND,
-        head_DV,
-        labels_N,
-        *([Rows(*rows)] if rows else []),
+        *_padded(hidden_ND, head_DV, labels_N, tiling["rows"], 128, rows),
         scale=1 / temperature,
         columns=V,
         tiling=tiling,
@@ -83,6 +99,16 @@ def _tiling(chip, name, N, V, D, itemsize):
             columns = _round_up(columns // 2, 128)
     even = -(-N // -(-N // rows))  # as many tiles, of rows as equal as they can be
     return dict(rows=_round_up(even, tpu.PART if even > tpu.PART else 128), columns=columns)
+
+
+def _padded(hidden_ND, head_DV, labels_N, multiple, least, rows=()):
+    """With rows of zeros up to whole tiles, and columns up to a multiple of 128 and to `least`."""
+    V = head_DV.shape[1]
+    more, wider = -len(labels_N) % multiple, max(_round_up(V, 128), least) - V
+    hidden_ND = jnp.pad(hidden_ND, ((0, more), (0, 0)))
+    head_DV = jnp.pad(head_DV, ((0, 0), (0, wider)))
+    labels_N, *rows = (jnp.pad(x, (0, more)) for x in (labels_N, *rows))
+    return hidden_ND, head_DV, labels_N, *([Rows(*rows)] if rows else [])
 
 
 def _round_up(size, multiple):

@@ -43,7 +43,7 @@ class Rows(NamedTuple):
 
 
 class Part(NamedTuple):
-    """An implementation for one part of the vocabulary. Labels outside of [0, V) are not the part's.
+    """An implementation for one part of the vocabulary. A label of another part is -1.
 
     forward(hidden_ND, head_DV, labels_N, temperature) -> lse_N, label logit (else 0) and entropy_N;
     backward(hidden_ND, head_DV, labels_N, rows, temperature) -> d_hidden_ND, float32 where it is
@@ -93,10 +93,12 @@ scores.defvjp(_forward, _backward)
 
 
 def _own(labels_N, head_DV, axis_name):
-    """The labels as columns of this device's part of the head."""
+    """The labels as columns of this device's part of the head, -1 where they are none."""
     if axis_name is None:
         return labels_N
-    return labels_N - jax.lax.axis_index(axis_name) * head_DV.shape[1]
+    V = head_DV.shape[1]
+    own_N = labels_N - jax.lax.axis_index(axis_name) * V
+    return jnp.where((own_N >= 0) & (own_N < V), own_N, -1)
 
 
 def _varying(x):

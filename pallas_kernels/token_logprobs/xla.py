@@ -29,10 +29,9 @@ def _forward(chunk, hidden_ND, head_DV, labels_N, temperature):
         exp_CV = jnp.exp(shifted_CV)
         sum_C = jnp.sum(exp_CV, axis=1)
         entropy_C = jnp.log(sum_C) - jnp.sum(exp_CV * shifted_CV, axis=1) / sum_C
-        own_C = (labels_C >= 0) & (labels_C < head_DV.shape[1])
-        columns_C1 = jnp.where(own_C, labels_C, 0)[:, None]
-        label_C = jnp.take_along_axis(logits_CV, columns_C1, axis=1)[:, 0]
-        return None, (top_C1[:, 0] + jnp.log(sum_C), jnp.where(own_C, label_C, 0.0), entropy_C)
+        label_C = jnp.take_along_axis(logits_CV, jnp.maximum(labels_C, 0)[:, None], axis=1)[:, 0]
+        label_C = jnp.where(labels_C < 0, 0.0, label_C)
+        return None, (top_C1[:, 0] + jnp.log(sum_C), label_C, entropy_C)
 
     chunks = _chunked((hidden_ND, labels_N), chunk)
     _, outputs = jax.lax.scan(score, None, chunks)
