@@ -80,7 +80,7 @@ def _arm(
     zero = config.zero
     if arm == "dr_grpo":
         loss = dataclasses.replace(zero.loss, aggregation="drgrpo")
-        zero = dataclasses.replace(zero, loss=loss, advantage_scale="none")
+        zero = dataclasses.replace(zero, loss=loss, estimator="dr_grpo")
     elif arm == "grpo":
         zero = dataclasses.replace(zero, loss=dataclasses.replace(zero.loss, aggregation="grpo"))
     elif arm == "random":
@@ -143,7 +143,7 @@ def _gpu(
     zero = config.zero
     if arm == "dr_grpo":
         loss = dataclasses.replace(zero.loss, aggregation="drgrpo")
-        zero = dataclasses.replace(zero, loss=loss, advantage_scale="none")
+        zero = dataclasses.replace(zero, loss=loss, estimator="dr_grpo")
     elif arm == "random":
         zero = dataclasses.replace(zero, reward=dataclasses.replace(zero.reward, random=0.5))
     trainer = rl.build(zero, directory)

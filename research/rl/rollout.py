@@ -1,7 +1,7 @@
 """From problems to graded responses (`Actor`), and from these to packed training minibatches (`minibatches`)."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -64,6 +64,11 @@ class Episodes:
         """`measure` of these responses."""
         return measure([self.graded()])
 
+    def mixed(self) -> np.ndarray:
+        """[P] bool: problems with both right responses and others (DAPO: 0 < accuracy < 1)."""
+        share = self.of_problem([r.status == Status.RIGHT for r in self.rewards]).mean(axis=1)
+        return (share > 0) & (share < 1)
+
     def _lists(self, rows: list) -> list[list]:
         size = self.group_size
         return [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -84,6 +89,26 @@ class Episodes:
                 "parts": dict(reward.parts),
                 "status": str(reward.status),
             }
+
+
+def select(parts: Sequence[Episodes], chosen: Sequence[tuple[int, int]]) -> Episodes:
+    """The groups `chosen`, as (which part, which of its problems), of parts with equally large groups."""
+    size = parts[0].group_size
+    rows = [(part, row) for part, p in chosen for row in range(p * size, (p + 1) * size)]
+    completions = {
+        field.name: np.stack(
+            [getattr(parts[part].completions, field.name)[row] for part, row in rows]
+        )
+        for field in dataclasses.fields(Completions)
+    }
+    return Episodes(
+        problems=[parts[part].problems[p] for part, p in chosen],
+        prompts=[parts[part].prompts[p] for part, p in chosen],
+        completions=Completions(**completions),
+        texts=[parts[part].texts[row] for part, row in rows],
+        rewards=[parts[part].rewards[row] for part, row in rows],
+        group_size=size,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +247,7 @@ def evaluate(
 def minibatches(
     episodes: Episodes,
     order: np.ndarray,
-    advantages: np.ndarray,
+    per_token: Mapping[str, np.ndarray],
     weights: np.ndarray,
     *,
     row_length: int,
@@ -236,8 +261,12 @@ def minibatches(
     devices in turn. The result has a fixed shape, `capacity` rows for each device, and `num_micro` [devices]
     tells how many micro-batches of `micro_rows` hold anything: cost follows the tokens, and shapes never change.
 
-    Returns: tokens, segment_ids, positions int32 and advantages, weights, sampler_logprobs float32, all
-      [devices * capacity, row_length]; num_micro int32 [devices]. Weights are zero outside the responses.
+    `per_token` holds arrays [N, at least the longest response], as the advantages, and `weights` [N] what each token of
+    a response weighs.
+
+    Returns: tokens, segment_ids, positions int32, weights and sampler_logprobs float32, and the arrays of `per_token`,
+      all [devices * capacity, row_length]; num_micro int32 [devices]. Outside the responses all but the first three are
+      zero.
     """
     sequences = []
     for row in order:
@@ -245,15 +274,14 @@ def minibatches(
         length = int(episodes.completions.lengths[row])
         response = episodes.completions.tokens[row, :length]
         before = len(prompt)
+        columns = {
+            "weights": np.full(length, weights[row], np.float32),
+            "sampler_logprobs": episodes.completions.logprobs[row, :length],
+            **{key: values[row, :length] for key, values in per_token.items()},
+        }
         sequences.append(
-            {
-                "tokens": np.concatenate([prompt, response], dtype=np.int32),
-                "advantages": _after(before, length, advantages[row]),
-                "weights": _after(before, length, weights[row]),
-                "sampler_logprobs": _after(
-                    before, length, episodes.completions.logprobs[row, :length]
-                ),
-            }
+            {"tokens": np.concatenate([prompt, response], dtype=np.int32)}
+            | {key: np.pad(values, (before, 0)) for key, values in columns.items()}
         )
     best_fit = pack([len(s["tokens"]) for s in sequences], row_length)
     share = -(-best_fit.num_rows // devices)
@@ -290,13 +318,6 @@ def _check_size(task: Task, split: str, count: int) -> None:
             f"{task.name} has {size} {split} problems, {count} are asked for; ask for fewer, or give it a larger "
             f"{split} set"
         )
-
-
-def _after(prompt_length: int, length: int, values: np.ndarray | float) -> np.ndarray:
-    """[prompt_length + length] float32: zeros, then the values."""
-    row = np.zeros(prompt_length + length, np.float32)
-    row[prompt_length:] = values
-    return row
 
 
 def local_devices(mesh: Mesh) -> int:

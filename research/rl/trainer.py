@@ -1,29 +1,27 @@
 """Reinforcement learning with verifiable rewards as a `core.loop.Trainer`.
 
-One loop step is one rollout: `prompts` problems x `group_size` responses are sampled and graded (`collect`), scored by
-the reference and, if several updates follow, by the policy that sampled them; then `updates` minibatches are drawn from
-them, one optimizer update each (`step`). DeepSeek-R1's setting is 512 prompts x 16, 16 updates (Nature supplement 2).
+One loop step is one rollout: `prompts` problems x `group_size` responses are sampled and graded, and their advantages
+estimated over all of them (`collect`); they are scored by the reference and, if several updates follow, by the policy
+that sampled them, before the estimate where it needs that; then `updates` minibatches are drawn from them, one
+optimizer update each (`step`). DeepSeek-R1's setting is 512 prompts x 16, 16 updates (Nature supplement 2).
 """
 
 import dataclasses
 import json
 import pathlib
-import pickle
 import time
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
 from research.core import mesh as meshes
 from research.core import optim, sharding
-from research.core.loop import LoopConfig, Trainer
+from research.core.loop import Trainer
 from research.core.metrics import Mean
-from research.core.optim import OptimConfig
 from research.core.state import TrainState
 from research.core.step import data_parallel
 from research.lm import checkpoints
@@ -32,9 +30,11 @@ from research.lm.logprobs import token_logprobs
 from research.lm.sampler import Sampler, Sampling
 from research.lm.tokenizer import Tokenizer
 from research.lm.trainer import balancing
-from research.rewards import RewardConfig, Rewarder
-from research.rl import advantages
-from research.rl.losses import LossConfig, policy_loss, token_weights
+from research.rewards import Rewarder
+from research.rl import advantages, kl
+from research.rl.config import Config, EvalConfig, RolloutConfig
+from research.rl.losses import policy_loss, token_weights
+from research.rl.processes import gather, local, local_rows
 from research.rl.rollout import (
     Actor,
     Episodes,
@@ -43,145 +43,14 @@ from research.rl.rollout import (
     measure,
     minibatches,
     rows_needed,
+    select,
 )
-from research.tasks import Problem, Task, TaskConfig
+from research.tasks import Problem, Task
 from research.tasks import make as make_task
 
-T = TypeVar("T")
+__all__ = ["Config", "EvalConfig", "RolloutConfig", "build"]
 
-
-def _at_least(least: int, config: Any, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{name}={getattr(config, name)}: it must be at least {least}")
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutConfig:
-    """How responses are drawn.
-
-    prompts, group_size: problems for each rollout over all processes, and responses to each.
-    max_prompt, max_new_tokens: limits in tokens; `length_schedule` holds (step, limit) pairs, each of which replaces
-      the response limit from that loop step on (R1-Zero doubles it at update 8,200).
-    template, chat: see `Actor`.
-    slots: responses sampled at the same time, over this process's devices (0: all of a rollout).
-    """
-
-    prompts: int = 32
-    group_size: int = 16
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_prompt: int = 512
-    max_new_tokens: int = 1024
-    length_schedule: tuple[tuple[int, int], ...] = ()
-    template: str = "{question}"
-    chat: bool = False
-    slots: int = 0
-
-    def __post_init__(self):
-        _at_least(1, self, "prompts", "max_prompt", "max_new_tokens")
-        _at_least(0, self, "slots")
-        if self.group_size < 2:
-            raise ValueError(
-                f"group_size={self.group_size}: advantages compare the responses to a prompt, so there must be at "
-                "least 2"
-            )
-        if not self.temperature > 0:
-            raise ValueError(
-                f"temperature={self.temperature}: a greedy rollout explores nothing, and has no probabilities to "
-                "learn from; it must be positive"
-            )
-
-    @property
-    def longest_response(self) -> int:
-        return max([self.max_new_tokens, *(limit for _, limit in self.length_schedule)])
-
-    def limit_at(self, step: int) -> int:
-        """Response limit at a loop step."""
-        limit = self.max_new_tokens
-        for start, value in sorted(self.length_schedule):
-            if step >= start:
-                limit = value
-        return limit
-
-    def sampling(self, limit: int, stop_ids: tuple[int, ...]) -> Sampling:
-        """What the sampler is told for responses of at most `limit` tokens."""
-        return Sampling(
-            max_new_tokens=limit,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            stop_ids=stop_ids,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """pass@1 and the rest over `samples` responses to the first `problems` of the test split (0: no evaluation)."""
-
-    problems: int = 64
-    samples: int = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        _at_least(0, self, "problems")
-        _at_least(1, self, "samples")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """An RL run.
-
-    init_from: an HF directory or the directory of a run, whose model and tokenizer are taken.
-    dtype, remat, scan_layers, kernels: how the model is run, see `DecoderConfig`.
-    advantage_scale, advantage_ddof: see `advantages.group_relative`.
-    mask_truncated: leave out responses that hit the length limit (the paper does not say; off keeps the pressure
-      to finish).
-    updates, epochs: optimizer updates drawn from one rollout, and passes over it.
-    reference_every: the reference becomes the policy every so many updates (0: never).
-    row_length, micro_rows: training rows hold `row_length` tokens (0: prompt + response limit); a device computes
-      `micro_rows` of them at a time.
-    save_samples_every: write the first groups of every n-th rollout to samples/ (0: never).
-    """
-
-    kind: Literal["rl"] = "rl"
-    seed: int = 0
-    mesh: str = "data=-1"
-    init_from: str = ""
-    dtype: str = "float32"
-    remat: Literal["none", "full", "dots"] = "none"
-    scan_layers: bool = True
-    kernels: Literal["auto", "reference", "xla", "pallas"] = "auto"
-    task: TaskConfig = TaskConfig()
-    reward: RewardConfig = RewardConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    loss: LossConfig = LossConfig()
-    advantage_scale: advantages.Scale = "group_std"
-    advantage_ddof: int = 1
-    mask_truncated: bool = False
-    updates: int = 1
-    epochs: int = 1
-    reference_every: int = 400
-    row_length: int = 0
-    micro_rows: int = 8
-    optim: OptimConfig = OptimConfig(lr=1e-6)
-    eval: EvalConfig = EvalConfig()
-    save_samples_every: int = 10
-    loop: LoopConfig = LoopConfig(steps=100)
-
-    def __post_init__(self):
-        _at_least(1, self, "updates", "epochs", "micro_rows")
-        _at_least(0, self, "reference_every", "row_length", "save_samples_every")
-        responses = self.rollout.prompts * self.rollout.group_size
-        if responses % self.updates:
-            raise ValueError(
-                f"{responses} responses of a rollout do not split into updates={self.updates} minibatches; "
-                "choose a divisor of rollout.prompts * rollout.group_size"
-            )
+SCORED = ("tokens", "segment_ids", "positions", "num_micro")  # what scoring reads of a minibatch
 
 
 def build(
@@ -220,6 +89,9 @@ class _Run:
         params: Any,
         tokenizer: Tokenizer,
     ):
+        config = config.resolved()
+        if advantages.rule_of(config.estimator).baseline == "value":
+            raise ValueError(f"estimator={config.estimator} needs a critic, which is not here yet")
         self.config, self.model, self.workdir = config, model, workdir
         self.tokenizer = tokenizer
         self.initial_params = jax.device_get(params)  # device memory is for what trains
@@ -287,6 +159,7 @@ class _Run:
         )
         self.score = _scorer(model, self.mesh, config.micro_rows, rollout.temperature)
         self.keeps_reference = config.loss.kl_coef != 0.0
+        self.scores_first = self.keeps_reference and config.loss.kl_in == "reward"
         self.keeps_old = config.updates * config.epochs > 1
         self.key = jax.random.key(config.seed)
         self._epoch, self._order = -1, np.zeros(0, np.int64)
@@ -312,45 +185,35 @@ class _Run:
             params=params,
             opt_state=jax.jit(self.optimizer.init, out_shardings=everywhere)(params),
             key=fresh(jax.random.key_data(self.key)),
-            extra={"ref_params": fresh(self.initial_params)} if self.keeps_reference else {},
+            extra=fresh(self._first_extra())
+            | ({"ref_params": fresh(self.initial_params)} if self.keeps_reference else {}),
         )
+
+    def _first_extra(self) -> dict[str, np.ndarray]:
+        """What later rollouts need of earlier ones besides parameters; `collect` renews it."""
+        extra = {}
+        if advantages.rule_of(self.config.estimator).baseline == "moving":
+            extra["baseline"] = np.zeros(2, np.float32)  # `advantages.moving_average`
+        if self.config.rollout.rounds > 1:
+            extra["rounds"] = np.int32(0)  # of sampling, so far
+        return extra
 
     def collect(self, state: TrainState, step: int) -> tuple[dict[str, Any], dict[str, float]]:
         config, rollout = self.config, self.config.rollout
         began = time.perf_counter()
         jax.block_until_ready(state.params)  # sampling needs them; the wait is the last update's
         started = time.perf_counter()
-        first = jax.process_index() * self.local_prompts
-        problems = [
-            self._train_problem(step * rollout.prompts + first + i)
-            for i in range(self.local_prompts)
-        ]
         limit = rollout.limit_at(step)
-        episodes = self.actor(
-            _local(state.params),
-            problems,
-            jax.random.fold_in(self.key, step),
-            rollout.sampling(limit, self.stop_ids),
-            rollout.group_size,
-            seed=_reward_seed(config.seed, step),
-            first=first,
-        )
+        extra = {name: np.asarray(local(state.extra[name])) for name in self._first_extra()}
+        episodes, seen, metrics = self._sample(state, step, limit, extra)
+        greedy = self._greedy(state, episodes.problems, step, limit)
         sampled = time.perf_counter()
-        rewards = np.array([r.total for r in episodes.rewards], np.float64)
-        values, degenerate = advantages.group_relative(
-            rewards, rollout.group_size, scale=config.advantage_scale, ddof=config.advantage_ddof
-        )
-        lengths = episodes.completions.lengths.copy()
-        if config.mask_truncated:
-            lengths[~episodes.completions.stopped] = 0
-        batches = [
-            self._minibatch(episodes, order, values, lengths, limit)
-            for order in self._orders(step, len(rewards))
-        ]
+        orders = self._orders(step, len(episodes.rewards))
+        lengths, per_token, figures = self._estimate(state, episodes, greedy, orders, limit, extra)
+        batches = [self._minibatch(episodes, order, per_token, lengths, limit) for order in orders]
         tokens = sum(int((b["segment_ids"] > 0).sum()) for b in batches)
-        parts = _gather((episodes.graded(), degenerate, tokens))
-        metrics = measure([graded for graded, _, _ in parts])
-        metrics["rollout/zero_std"] = float(np.concatenate([d for _, d, _ in parts]).mean())
+        parts = gather(([one.graded() for one in seen], tokens))
+        metrics |= measure([graded for grades, _ in parts for graded in grades]) | figures
         if (
             config.save_samples_every
             and step % config.save_samples_every == 0
@@ -358,24 +221,25 @@ class _Run:
         ):
             self._save_samples(episodes, step)
         metrics["rollout/limit"] = float(limit)
-        metrics["tokens"] = float(sum(t for _, _, t in parts))
+        metrics["tokens"] = float(sum(t for _, t in parts))
         metrics["time/wait"] = started - began
         metrics["time/sample"] = sampled - started
         metrics["time/pack"] = time.perf_counter() - sampled
-        metrics["time/sampled_tokens_per_second"] = float(episodes.completions.lengths.sum()) / (
-            sampled - started
-        )
-        return {"minibatches": batches, "step": step}, metrics
+        metrics["time/sampled_tokens_per_second"] = float(
+            sum(one.completions.lengths.sum() for one in seen)
+        ) / (sampled - started)
+        return {"minibatches": batches, "step": step, "extra": extra}, metrics
 
     def step(self, state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
         config = self.config
         started = time.perf_counter()
+        everywhere = sharding.replicated(self.mesh)
         minibatches_ = [sharding.place_rows(b, self.mesh) for b in batch["minibatches"]]
         for minibatch in minibatches_:
-            inputs = {k: minibatch[k] for k in ("tokens", "segment_ids", "positions", "num_micro")}
-            if self.keeps_reference:
+            inputs = {k: minibatch[k] for k in SCORED}
+            if self.keeps_reference and not self.scores_first:
                 minibatch["ref_logprobs"] = self.score(state.extra["ref_params"], inputs)
-            if self.keeps_old:
+            if self.keeps_old and not self.scores_first:
                 minibatch["old_logprobs"] = self.score(state.params, inputs)
         every = config.reference_every if self.keeps_reference else 0
         total: dict[str, Any] = {}
@@ -385,10 +249,12 @@ class _Run:
             total = _merge(total, metrics)
             updates += 1
             if every and updates % every == 0:
-                state = state.replace(extra={"ref_params": jax.tree.map(jnp.copy, state.params)})
+                ref_params = jax.tree.map(jnp.copy, state.params)
+                state = state.replace(extra=state.extra | {"ref_params": ref_params})
         # A step of the loop is a rollout, however many updates it makes.
-        step = jax.device_put(np.int32(batch["step"] + 1), sharding.replicated(self.mesh))
-        state = state.replace(step=step)
+        step = jax.device_put(np.int32(batch["step"] + 1), everywhere)
+        extra = {name: jax.device_put(x, everywhere) for name, x in batch["extra"].items()}
+        state = state.replace(step=step, extra=state.extra | extra)
         total["updates"] = float(updates)
         total["time/dispatch"] = time.perf_counter() - started
         return state, total
@@ -397,7 +263,7 @@ class _Run:
         settings = self.config.eval
         report, _ = evaluate(
             self.actor,
-            _local(state.params),
+            local(state.params),
             self.task,
             problems=settings.problems,
             samples=settings.samples,
@@ -426,15 +292,135 @@ class _Run:
             orders += np.split(permutation, self.config.updates)
         return orders
 
+    def _sample(
+        self, state: TrainState, step: int, limit: int, extra: dict[str, np.ndarray]
+    ) -> tuple[Episodes, list[Episodes], dict[str, float]]:
+        """The groups to learn from, all that were sampled for them, and metrics; counts the rounds in `extra`."""
+        rounds = self.config.rollout.rounds
+        if rounds == 1:
+            episodes = self._round(state, step, limit)
+            return episodes, [episodes], {}
+        first, wanted = int(extra["rounds"]), self.local_prompts
+        seen: list[Episodes] = []
+        kept: list[tuple[int, int]] = []
+        spare: list[tuple[int, int]] = []
+        for _ in range(rounds):
+            seen.append(self._round(state, first + len(seen), limit))
+            last, mixed = len(seen) - 1, seen[-1].mixed()
+            kept += [(last, int(p)) for p in np.flatnonzero(mixed)]
+            spare = [(last, int(p)) for p in np.flatnonzero(~mixed)]
+            if all(gather(len(kept) >= wanted)):  # all processes sample equally often
+                break
+        extra["rounds"] = np.int32(first + len(seen))
+        found = sum(gather(min(len(kept), wanted)))
+        metrics = {"rollout/rounds": float(len(seen)), "rollout/kept": float(found)}
+        return select(seen, (kept + spare)[:wanted]), seen, metrics
+
+    def _round(self, state: TrainState, number: int, limit: int) -> Episodes:
+        """The responses to the next problems of the stream, which round `number` of sampling takes."""
+        rollout = self.config.rollout
+        first = jax.process_index() * self.local_prompts
+        start = number * rollout.prompts + first
+        return self.actor(
+            local(state.params),
+            [self._train_problem(start + i) for i in range(self.local_prompts)],
+            jax.random.fold_in(self.key, number),
+            rollout.sampling(limit, self.stop_ids),
+            rollout.group_size,
+            seed=_reward_seed(self.config.seed, number),
+            first=first,
+        )
+
+    def _greedy(
+        self, state: TrainState, problems: list[Problem], step: int, limit: int
+    ) -> np.ndarray | None:
+        """[N] reward of the greedy response to the problem of each response, if the estimator asks for it."""
+        if advantages.rule_of(self.config.estimator).baseline != "greedy":
+            return None
+        sampling = Sampling(max_new_tokens=limit, temperature=0.0, stop_ids=self.stop_ids)
+        seed = _reward_seed(self.config.seed, step)
+        episodes = self.actor(local(state.params), problems, self.key, sampling, 1, seed=seed)
+        return np.repeat(self._rewards(episodes, limit), self.config.rollout.group_size)
+
+    def _rewards(self, episodes: Episodes, limit: int) -> np.ndarray:
+        totals = np.array([r.total for r in episodes.rewards], np.float64)
+        buffer = round(self.config.rollout.overlong * limit)
+        return totals + advantages.overlong_penalty(episodes.completions.lengths, limit, buffer)
+
+    def _estimate(
+        self,
+        state: TrainState,
+        episodes: Episodes,
+        greedy: np.ndarray | None,
+        orders: list[np.ndarray],
+        limit: int,
+        extra: dict[str, np.ndarray],
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, float]]:
+        """(loss tokens of each response [N], arrays for the minibatches [N, T], metrics); renews `extra`."""
+        config = self.config
+        rewards = self._rewards(episodes, limit)
+        lengths = episodes.completions.lengths.copy()
+        if config.mask_truncated:
+            lengths[~episodes.completions.stopped] = 0
+        lengths[~np.isfinite(rewards if greedy is None else rewards + greedy)] = 0
+        width = int(episodes.completions.lengths.max())
+        mask = np.arange(width) < lengths[:, None]
+        per_token, penalty, metrics = {}, None, {}
+        if self.scores_first:
+            old, ref = self._scored(state, episodes, orders[: config.updates], width)
+            divergence = kl.in_reward(
+                old, ref, config.loss.kl_estimator, limit=config.loss.kl_limit
+            )
+            penalty = config.loss.kl_coef * divergence
+            if self.keeps_old:
+                per_token["old_logprobs"] = old
+            divergence, count = np.sum(gather(np.array([divergence[mask].sum(), mask.sum()])), 0)
+            metrics["kl"] = float(divergence / max(count, 1))
+        places = jax.process_index() * self.local_prompts + np.arange(self.local_prompts)
+        moving = extra.get("baseline")
+        result = advantages.estimate(
+            config.estimator,
+            rewards,
+            mask,
+            np.repeat(places, config.rollout.group_size),
+            kl=penalty,
+            greedy=greedy,
+            baseline=None if moving is None else advantages.average_of(moving),
+            config=config.advantage,
+            gather=gather,
+        )
+        if moving is not None:
+            decay, mean = config.advantage.baseline_decay, result.statistics["reward/used"]
+            extra["baseline"] = np.float32(advantages.moving_average(moving, mean, decay))
+        per_token["advantages"] = result.advantages
+        return lengths, per_token, metrics | result.statistics
+
+    def _scored(
+        self, state: TrainState, episodes: Episodes, orders: list[np.ndarray], width: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probabilities of the responses under the policy and the reference, both [N, width] float32."""
+        count = len(episodes.rewards)
+        # Packed like any array per token, it tells where each score belongs.
+        place = np.arange(1, count * width + 1, dtype=np.int32).reshape(count, width)
+        old, ref = np.zeros(count * width, np.float32), np.zeros(count * width, np.float32)
+        for order in orders:
+            batch = self._pack(episodes, order, {"place": place}, np.zeros(count))
+            used = batch["place"] > 0
+            inputs = sharding.place_rows({k: batch[k] for k in SCORED}, self.mesh)
+            for params, out in ((state.params, old), (state.extra["ref_params"], ref)):
+                scores = local_rows(self.score(params, inputs))
+                out[batch["place"][used] - 1] = scores[used]
+        return old.reshape(count, width), ref.reshape(count, width)
+
     def _minibatch(
         self,
         episodes: Episodes,
         order: np.ndarray,
-        values: np.ndarray,
+        per_token: dict[str, np.ndarray],
         lengths: np.ndarray,
         limit: int,
     ) -> dict[str, np.ndarray]:
-        sequences, tokens = sum(_gather(np.array([len(order), lengths[order].sum()])))
+        sequences, tokens = sum(gather(np.array([len(order), lengths[order].sum()])))
         weights = np.zeros(len(lengths), np.float32)
         weights[order] = token_weights(
             lengths[order],
@@ -443,10 +429,13 @@ class _Run:
             num_tokens=int(tokens),
             length_limit=limit,
         )
+        return self._pack(episodes, order, per_token, weights)
+
+    def _pack(self, episodes, order, per_token, weights) -> dict[str, np.ndarray]:
         return minibatches(
             episodes,
             order,
-            values,
+            per_token,
             weights,
             row_length=self.row_length,
             capacity=self.capacity,
@@ -518,25 +507,6 @@ def _merge(total: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         if hasattr(value, "merge"):
             merged[name] = value.merge(new[name])
     return merged
-
-
-def _local(params: Any) -> Any:
-    """Parameters that every process holds whole, as arrays of this process alone."""
-    if jax.process_count() == 1:
-        return params
-    return jax.tree.map(lambda x: x.addressable_data(0), params)
-
-
-def _gather(value: T) -> list[T]:
-    """The picklable `value` of every process, in their order, on all of them."""
-    if jax.process_count() == 1:
-        return [value]
-    data = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(len(data))).ravel()
-    padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)  # few shapes to compile for
-    padded[: len(data)] = data
-    rows = multihost_utils.process_allgather(padded)
-    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def _reward_seed(seed: int, step: int) -> int:

@@ -24,6 +24,7 @@ from research.lm.sampler import Completions
 from research.lm.tokenizer import Tokenizer
 from research.rewards import Reward, RewardConfig, Rewarder, Status
 from research.rl import trainer as rl
+from research.rl.advantages import AdvantageConfig
 from research.rl.losses import LossConfig
 from research.rl.rollout import Episodes
 from research.tasks import Problem, TaskConfig
@@ -154,12 +155,12 @@ def objective(config, tokens, inside, advantages, old, ref, limit, params):
     loss = config.loss
     gap = jnp.where(inside, plain_logprobs(params, tokens, config.rollout.temperature) - old, 0)
     to_ref = jnp.where(inside, ref - gap - old, 0)
-    if loss.aggregation == "sequence":
+    if loss.ratio == "sequence":
         gap, to_ref = gap.sum(1, keepdims=True), to_ref.sum(1, keepdims=True)
     ratio, A = jnp.exp(gap), advantages[:, None]
     clipped = jnp.clip(ratio, 1 - loss.clip_low, 1 + loss.clip_high)
     J = jnp.minimum(ratio * A, clipped * A) - loss.kl_coef * (jnp.exp(to_ref) - to_ref - 1)
-    if loss.aggregation == "sequence":
+    if loss.ratio == "sequence":
         return -J.mean()
     J = jnp.where(inside, J, 0)
     lengths = inside.sum(1)
@@ -173,8 +174,8 @@ def objective(config, tokens, inside, advantages, old, ref, limit, params):
 def group_advantages(episodes, config):
     rewards = np.array([r.total for r in episodes.rewards]).reshape(-1, episodes.group_size)
     centred = rewards - rewards.mean(1, keepdims=True)
-    if config.advantage_scale == "group_std":
-        centred /= rewards.std(1, ddof=config.advantage_ddof, keepdims=True) + 1e-6
+    if config.estimator == "grpo":
+        centred /= rewards.std(1, ddof=config.advantage.ddof, keepdims=True) + 1e-6
     return centred.reshape(-1)
 
 
@@ -202,15 +203,22 @@ def plain_updates(run, state, episodes, minibatches):
 
 
 CASES = {
-    # aggregation: (devices, micro_rows, updates, epochs, other changes)
+    # aggregation, or ratio: (devices, micro_rows, updates, epochs, other changes)
     "grpo": (1, 3, 1, 1, {}),
     "token": (2, 1, 2, 1, {"mask_truncated": True}),
-    "drgrpo": (8, 1, 2, 2, {"advantage_scale": "none"}),
+    "drgrpo": (8, 1, 2, 2, {"estimator": "dr_grpo"}),
     "sequence": (
         *(2, 2, 4, 1),
-        {"advantage_ddof": 0, "optim": OptimConfig("sgd", lr=0.01, clip_norm=0.0)},
+        {
+            "advantage": AdvantageConfig(ddof=0),
+            "optim": OptimConfig("sgd", lr=0.01, clip_norm=0.0),
+        },
     ),
 }
+
+
+LOSS = LossConfig("grpo", clip_low=0.02, clip_high=0.05, kl_coef=0.1)
+REDUCTION = {"sequence": {"ratio": "sequence"}}
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +233,9 @@ def faked(tmp_path_factory):
                 tmp_path_factory.mktemp(aggregation),
                 mesh=f"data={devices}",
                 rollout=dataclasses.replace(CONFIG.rollout, temperature=0.7),
-                loss=LossConfig(aggregation, clip_low=0.02, clip_high=0.05, kl_coef=0.1),
+                loss=dataclasses.replace(
+                    LOSS, **REDUCTION.get(aggregation, {"aggregation": aggregation})
+                ),
                 reference_every=0,
                 micro_rows=micro_rows,
                 updates=updates,

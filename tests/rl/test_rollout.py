@@ -205,12 +205,12 @@ def test_each_response_is_packed_exactly_once(devices, micro_rows):
         group_size = int(rng.integers(1, 5))
         episodes = random_episodes(rng, 6, group_size, 9, 14)
         order = rng.permutation(6 * group_size)[: int(rng.integers(1, 6 * group_size + 1))]
-        advantages = rng.normal(size=6 * group_size)
+        advantages = rng.normal(size=(6 * group_size, 14)).astype(np.float32)
         weights = rng.random(6 * group_size).astype(np.float32)
         row_length = int(rng.integers(23, 60))
         capacity = rollout.rows_needed(len(order), 23, row_length, devices, micro_rows)
         batch = rollout.minibatches(
-            episodes, order, advantages, weights,
+            episodes, order, {"advantages": advantages}, weights,
             row_length=row_length, capacity=capacity, devices=devices, micro_rows=micro_rows,
         )  # fmt: skip
         assert batch["tokens"].shape == (devices * capacity, row_length)
@@ -229,7 +229,7 @@ def test_each_response_is_packed_exactly_once(devices, micro_rows):
             logprobs = episodes.completions.logprobs[response, :after]
             for key, value in (
                 ("weights", np.full(after, weights[response])),
-                ("advantages", np.full(after, advantages[response], np.float32)),
+                ("advantages", advantages[response, :after]),
                 ("sampler_logprobs", logprobs),
             ):
                 assert not sequence[key][:before].any()
