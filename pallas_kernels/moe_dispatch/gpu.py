@@ -17,11 +17,13 @@ read once; with all rows in one expert a patch of 8 x 16 tiles reads 5 KiB per 4
 Shape suffixes as in `routing`; M, N: widths, multiples of 128.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, versions
 from pallas_kernels.moe_dispatch import routing
 from pallas_kernels.tilings import TILINGS
 
@@ -115,12 +117,13 @@ def tgmm(x_RM, y_RN, counts_E, *, multiple, out_dtype, tiling, interpret=False):
     return hopper.persistent(
         x_RM, y_RN, groups_2E,
         name="tgmm",
-        out_type=[jax.ShapeDtypeStruct((E, M, N), jnp.dtype(out_dtype))],
+        out_type=[versions.shape_like((E, M, N), jnp.dtype(out_dtype), x_RM, y_RN, groups_2E)],
         slots=[(STEP, rows), (STEP, columns)],
         sums=[(64, columns)],
         tiles=lambda refs: jnp.int32(E * each),
         tile=tile, load=load, multiply=multiply, finish=finish, shared=[0],
-        stages=tiling["stages"], blocks=tiling["blocks"], cluster=cluster, interpret=interpret,
+        stages=tiling["stages"], blocks=min(tiling["blocks"], E * each * cluster), cluster=cluster,
+        interpret=interpret,
     )[0]  # fmt: skip
 
 
@@ -178,15 +181,18 @@ def _grouped(
         pairs = [(y, out.at[part]) for y, out in zip(combine(*values), outputs, strict=True)]
         hopper.put(staging, multiplier, pairs)
 
+    table = _row_tiles(counts_E, multiple, R, rows, tiling["band"])
+    like = functools.partial(versions.shape_like, (R, N))
     return hopper.persistent(
-        x_RM, *weights, _row_tiles(counts_E, multiple, R, rows, tiling["band"]),
+        x_RM, *weights, table,
         name=name,
-        out_type=[jax.ShapeDtypeStruct((R, N), jnp.dtype(dtype)) for dtype in dtypes],
+        out_type=[like(jnp.dtype(dtype), x_RM, *weights, table) for dtype in dtypes],
         slots=[(rows, STEP)] + num_weights * [(columns, STEP) if transposed else (STEP, columns)],
         sums=num_weights * [(64, width)],
         tiles=lambda refs: split(refs)[2][0, 0] * across,
         tile=tile, load=load, multiply=multiply, finish=finish, shared=[0],
-        stages=tiling["stages"], blocks=tiling["blocks"], cluster=cluster, interpret=interpret,
+        stages=tiling["stages"], cluster=cluster, interpret=interpret,
+        blocks=min(tiling["blocks"], (len(table) - 1) * across * cluster),
     )  # fmt: skip
 
 

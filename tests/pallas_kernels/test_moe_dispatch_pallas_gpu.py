@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.moe_dispatch import gpu
+from pallas_kernels import chips
+from pallas_kernels.moe_dispatch import gpu, moe_mlp
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="GPU kernels are interpreted by JAX 0.11 or later"
@@ -141,7 +142,7 @@ def test_tiles_cover_every_row_tile_of_every_column_once(band, rows):
             inner = number - (first - 1) * columns
             got.append((*table[first + inner % height, 2:], inner // height))
         assert sorted(got) == sorted(wanted)
-        for e, at in itertools.groupby(
+        for _, at in itertools.groupby(
             got, key=lambda tile: tile[0]
         ):  # a band's rows, then columns
             at = list(at)
@@ -177,3 +178,55 @@ def test_what_the_kernels_cannot_do_is_refused_with_the_reason():
         call(x[:, :100], w.astype(jnp.bfloat16), counts, multiple=64)
     with pytest.raises(ValueError, match="multiples of 64 rows, not 32"):
         call(x, w.astype(jnp.bfloat16), counts, multiple=32)
+
+
+def layer_oracle(x, gate, up, down, experts, weights, d_y):
+    """y and the gradients of sum(y d_y), a pair at a time; expert E is nowhere."""
+    y, grads = np.zeros_like(x), [np.zeros_like(z) for z in (x, gate, up, down, weights)]
+    d_x, d_gate, d_up, d_down, d_weights = grads
+    for n, k in zip(*np.nonzero(experts < len(gate)), strict=True):
+        e, w = experts[n, k], weights[n, k]
+        g, u = x[n] @ gate[e], x[n] @ up[e]
+        s = 1 / (1 + np.exp(-g))
+        hidden, d_hidden = g * s * u, w * (down[e] @ d_y[n])
+        y[n] += w * (hidden @ down[e])
+        d_weights[n, k] = d_y[n] @ (hidden @ down[e])
+        d_g, d_u = d_hidden * u * (s + g * s * (1 - s)), d_hidden * g * s
+        d_x[n] += gate[e] @ d_g + up[e] @ d_u
+        d_gate[e] += np.outer(x[n], d_g)
+        d_up[e] += np.outer(x[n], d_u)
+        d_down[e] += np.outer(w * hidden, d_y[n])
+    return y, *grads
+
+
+@functools.cache
+def layer():
+    def loss(x, gate, up, down, weights, experts, d_y):
+        y, _ = moe_mlp(x, gate, up, down, experts, weights, implementation="pallas")
+        return jnp.sum(y.astype(jnp.float32) * d_y), y
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))
+
+
+@pytest.mark.parametrize("choice", ["any", "one expert for all", "nowhere"])
+def test_the_layer_and_its_gradients_equal_the_equations(choice):
+    rng = np.random.default_rng(4)
+    tokens, width, inner, top_k = 70, 128, 128, 2
+    experts = np.argsort(rng.random((tokens, E)), axis=1)[:, :top_k].astype(np.int32)
+    experts[:3] = E  # padding
+    if choice == "one expert for all":
+        experts[:] = [2, E]
+    elif choice == "nowhere":
+        experts[:] = E
+    shapes = (tokens, width), (E, width, inner), (E, width, inner), (E, inner, width)
+    operands = [bf16(rng, *shape) for shape in shapes]
+    operands = [((x / 8).astype(x.dtype), x64 / 8) for x, x64 in operands]  # exact
+    weights = np.asarray(rng.dirichlet(np.ones(top_k), tokens), np.float32)
+    d_y = np.asarray(rng.normal(size=(tokens, width)), np.float32)
+    with chips.target("h200", interpret=True):
+        grads, y = layer()(*(x for x, _ in operands), weights, experts, d_y)
+    d_y64 = np.asarray(jnp.asarray(d_y, jnp.bfloat16), np.float64)  # as y's gradient is rounded
+    want = layer_oracle(*(x64 for _, x64 in operands), experts, weights.astype(np.float64), d_y64)
+    for got, wanted in zip((y, *grads), want, strict=True):
+        scale = max(np.abs(wanted).max(), 1e-6)
+        assert np.abs(np.asarray(got, np.float64) - wanted).max() <= 8e-3 * scale
