@@ -183,7 +183,10 @@ def time(kernel: Kernel, schedule: Schedule | None, chip: Chip) -> Time:
     schedule = schedule or Schedule()
     steps = kernel.steps if schedule.steps is None else schedule.steps
     if steps is None:
-        raise ValueError(f"{kernel.name}: its grid is dynamic; its Schedule must give the steps")
+        raise ValueError(
+            f"{kernel.name}: its grid is dynamic, so its Schedule must give the steps; regions: "
+            f"{kernel.describe()}"
+        )
     bundles = mxu = cycles = 0.0
     for count, busy, block in kernel.pieces:
         weight = 1.0 if block is None else weights[block]
