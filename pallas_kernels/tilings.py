@@ -6,6 +6,7 @@ Those of TPUs were chosen by static schedules, those of the H200 by its compiler
 
 TILINGS: dict[str, dict[str, dict[str, int]]] = {
     "v5p": {
+        "flash_attention": dict(queries=512, keys=1024, part=512, dq_bytes=4 << 30),
         "moe_dispatch.gmm": dict(rows=640, block=256, columns=512),
         "moe_dispatch.gmm_swiglu": dict(rows=640, block=256, columns=512),
         "moe_dispatch.tgmm": dict(rows=640, rows_out=1536, columns_out=512),
@@ -17,6 +18,7 @@ TILINGS: dict[str, dict[str, dict[str, int]]] = {
         "token_logprobs_d_head": dict(rows=256, columns=384),
     },
     "v6e": {
+        "flash_attention": dict(queries=1024, keys=2048, part=512, dq_bytes=4 << 30),
         "moe_dispatch.gmm": dict(rows=1024, block=512, columns=512),
         "moe_dispatch.gmm_swiglu": dict(rows=1024, block=256, columns=512),
         "moe_dispatch.tgmm": dict(rows=640, rows_out=3072, columns_out=512),
@@ -28,6 +30,7 @@ TILINGS: dict[str, dict[str, dict[str, int]]] = {
         "token_logprobs_d_head": dict(rows=512, columns=512),
     },
     "tpu7x": {
+        "flash_attention": dict(queries=1024, keys=2048, part=512, dq_bytes=4 << 30),
         "moe_dispatch.gmm": dict(rows=640, block=256, columns=512),
         "moe_dispatch.gmm_swiglu": dict(rows=640, block=256, columns=512),
         "moe_dispatch.tgmm": dict(rows=640, rows_out=1536, columns_out=512),

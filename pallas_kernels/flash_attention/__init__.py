@@ -6,10 +6,15 @@ y_i = sum_j p_ij v_j,   p_i = softmax over j <= i of one segment of q_i . k_j / 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention import reference, xla
+from pallas_kernels.dispatch import choose
+from pallas_kernels.flash_attention import pallas, reference, xla
 from pallas_kernels.manual_axes import same_axes
 
-IMPLEMENTATIONS = {"reference": reference.flash_attention, "xla": xla.flash_attention}
+IMPLEMENTATIONS = {
+    "reference": reference.flash_attention,
+    "xla": xla.flash_attention,
+    "pallas": pallas.flash_attention,
+}
 
 
 def flash_attention(
@@ -27,14 +32,16 @@ def flash_attention(
       k_BTNK, v_BTNK: `[B, T, N, K]`, in q's dtype.
       segment_ids: int `[B, T]`, equal ids contiguous; padding is a segment like any other. None is
         one segment.
-      implementation: 'reference', 'xla', or None for the fastest.
+      implementation: 'reference', 'xla', 'pallas' (JAX's splash attention on TPUs, cuDNN on GPUs), or
+        None for the fastest.
 
     Returns:
       y `[B, T, N, G, K]` in q's dtype, with gradients to q, k and v. The softmax and all sums are
       float32. Memory grows with T squared up to a length at which that is faster, then with T.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, unknown implementation.
+      ValueError: shapes or dtypes that do not fit, unknown implementation, or one that cannot do this,
+        with the reason.
     """
     if q_BTNGK.ndim != 5 or 0 in q_BTNGK.shape:
         raise ValueError(f"q must be [B, T, N, G, K] and not empty, got {q_BTNGK.shape}")
@@ -53,7 +60,11 @@ def flash_attention(
         raise ValueError(
             f"segment_ids must be integer {(B, T)}, got {segment_ids.dtype} {segment_ids.shape}"
         )
-    implementation = implementation or "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r} is none of {sorted(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[implementation](*same_axes(q_BTNGK, k_BTNK, v_BTNK, segment_ids))
+    q_BTNGK, k_BTNK, v_BTNK, segment_ids = same_axes(q_BTNGK, k_BTNK, v_BTNK, segment_ids)
+    implementation = choose(
+        "flash_attention",
+        implementation,
+        IMPLEMENTATIONS,
+        lambda target: pallas.refusal(target, q_BTNGK, segment_ids),
+    )
+    return IMPLEMENTATIONS[implementation](q_BTNGK, k_BTNK, v_BTNK, segment_ids)
