@@ -59,7 +59,7 @@ def gmm(
     tiling: block_rows (128, or 64: for few rows), block_columns (256 or 128, of each matrix), stages,
     band, blocks, cluster.
     """
-    name = "gmm_transposed" if transposed else "gmm"
+    name = "moe_gmm_transposed" if transposed else "moe_gmm"
     return _grouped(
         x_RM, (w_EMN,), counts_E, lambda value: [value], [out_dtype], name, multiple, transposed,
         tiling, interpret,
@@ -78,7 +78,7 @@ def gmm_swiglu(x_RD, gate_EDF, up_EDF, counts_E, *, multiple, keep, tiling, inte
 
     dtypes = [x_RD.dtype] * (3 if keep else 1)
     hidden_RF, *kept = _grouped(
-        x_RD, (gate_EDF, up_EDF), counts_E, combine, dtypes, "gmm_swiglu", multiple, False, tiling,
+        x_RD, (gate_EDF, up_EDF), counts_E, combine, dtypes, "moe_swiglu", multiple, False, tiling,
         interpret,
     )  # fmt: skip
     return hidden_RF, tuple(kept)
@@ -116,7 +116,7 @@ def tgmm(x_RM, y_RN, counts_E, *, multiple, out_dtype, tiling, interpret=False):
 
     return hopper.persistent(
         x_RM, y_RN, groups_2E,
-        name="tgmm",
+        name="moe_tgmm",
         out_type=[versions.shape_like((E, M, N), jnp.dtype(out_dtype), x_RM, y_RN, groups_2E)],
         slots=[(STEP, rows), (STEP, columns)],
         sums=[(64, columns)],
