@@ -24,6 +24,7 @@ class Whitening:
       A / (sqrt(var) + epsilon) for deviation.
     recenter: subtract the mean. After group means are subtracted the mean over *tokens* is not 0 where length goes with
       reward, and a group of equal rewards then gets -mean / std; without it, it gets 0.
+    divide: by the deviation at all; without it only the mean is subtracted.
     """
 
     weight: Literal["token", "sample"] = "token"
@@ -31,6 +32,7 @@ class Whitening:
     eps_mode: Literal["clamp", "variance", "deviation"] = "clamp"
     epsilon: float = 1e-8
     recenter: bool = True
+    divide: bool = True
 
 
 # Below this deviation the values are equal, whatever `epsilon` says.
@@ -80,4 +82,4 @@ def whiten(
     else:
         deviation = np.sqrt(var) + config.epsilon
     shifted = values_BT - mean if config.recenter else values_BT
-    return np.where(mask_BT, shifted / deviation, 0.0), moments
+    return np.where(mask_BT, shifted / (deviation if config.divide else 1.0), 0.0), moments

@@ -243,6 +243,12 @@ def test_whitened_tokens_have_mean_zero_and_variance_one(name):
     assert ((found**2).sum(1) / lengths).mean() == pytest.approx(1, abs=1e-6)
     verl = of(name, batch, config=VERL).advantages[batch["mask"]]
     assert verl.var(ddof=1) == pytest.approx(1, abs=1e-6)
+    shifted = AdvantageConfig(whiten=Whitening(divide=False))
+    plain = of(name, batch, config=shifted)
+    std = plain.statistics["advantages/std"]
+    np.testing.assert_allclose(
+        plain.advantages, of(name, batch).advantages * std, rtol=1e-5, atol=1e-6
+    )
     off = AdvantageConfig(whiten=Whitening(eps_mode="deviation", epsilon=10.0))
     assert 0 < of(name, batch, config=off).advantages[batch["mask"]].std() < 0.5
 
