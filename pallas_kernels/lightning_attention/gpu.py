@@ -123,9 +123,9 @@ def sweep(
     shapes = [
         (
             jax.ShapeDtypeStruct((B, T, H, DIM), _BF16) if outputs else None,
-            jax.ShapeDtypeStruct((B, H, DIM, DIM), _F32),
+            jax.ShapeDtypeStruct((B, H, DIM, DIM), _F32) if job.final else None,
         )
-        for _ in jobs
+        for job in jobs
     ]
     out_leaves, out_tree = jax.tree.flatten(shapes)
 
@@ -144,7 +144,7 @@ def sweep(
     def read(acc, in_flight=0):
         return acc[...] if interpret else plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
 
-    def body(*refs, full, free, k_smem, v_smem, q_smem=None, o_smem=None, p_smem=None,
+    def body(*refs, full, free, k_smem, v_smem, weights_smem, q_smem=None, o_smem=None, p_smem=None,
              ready=None, taken=None, positions_smem=None):  # fmt: skip
         slopes, lengths, positions, ins = jax.tree.unflatten(tree, refs[: len(leaves)])
         outs = jax.tree.unflatten(out_tree, refs[len(leaves) :])
@@ -178,18 +178,19 @@ def sweep(
         def load():
             plgpu.set_max_registers(24, action="decrease")
 
-            @pl.loop(0, steps)
-            def _(i):
-                slot = jax.lax.rem(i, stages)
-                reuse(free, i)
-                rows = pl.ds(chunk_of(i) * CHUNK, CHUNK)
+            @each_job
+            def _(n):
+                q, k, v, _ = ins[n]
 
-                @each_job
-                def _(n):
+                @pl.loop(0, steps)
+                def _(i):
+                    slot = jax.lax.rem(i, stages)
+                    reuse(free, i)
+                    rows = pl.ds(chunk_of(i) * CHUNK, CHUNK)
+
                     def copy(source, target):
                         plgpu.copy_gmem_to_smem(source, target, full.at[slot])
 
-                    q, k, v, _ = ins[n]
                     if outputs:
                         copy(q.at[b, rows, h], q_smem.at[slot])
                     copy(k.at[b, rows, h], k_smem.at[slot])
@@ -206,8 +207,11 @@ def sweep(
                 plgpu.set_max_registers(104, action="decrease")
             x = plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0, layout=wgmma_layout)
             y = plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1, layout=wgmma_layout)
-            ahead = y - x if reverse else x - y
-            decay = jnp.where(ahead >= 0, jnp.exp2(-rate * ahead.astype(_F32)), 0.0)
+            earlier, later, axis = (x, y, 1) if reverse else (y, x, 0)
+            ahead = (later - earlier).astype(_F32)
+            decay = jnp.where(later >= earlier, jnp.exp2(-rate * ahead), 0.0)
+            by_later = wgmma_layout.reduce(1 - axis)
+            later = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=by_later)
 
             @pl.loop(0, steps)
             def _(i):
@@ -219,14 +223,15 @@ def sweep(
                     return read(acc)
 
                 p = accumulate(product, (CHUNK, CHUNK)) * decay
-                if positions is not None:
-                    layout = wgmma_layout.reduce(0 if reverse else 1)
-                    position = plgpu.load(positions_smem.at[slot], layout=layout, optimized=False)
-                    axes = [1] if reverse else [0]
-                    position = jax.lax.broadcast_in_dim(position, p.shape, axes)
-                    p = jnp.where(ahead <= position, p, 0.0)
-                if lengths is not None:
-                    p = jnp.where(jnp.maximum(x, y) < present(i), p, 0.0)
+                if positions is not None or lengths is not None:
+                    first = jnp.zeros_like(later)  # token that reaches the later one
+                    if positions is not None:
+                        position = positions_smem.at[slot]
+                        first = later - plgpu.load(position, layout=by_later, optimized=False)
+                    if lengths is not None:
+                        first = jnp.where(later < present(i), first, CHUNK)
+                    first = jax.lax.broadcast_in_dim(first, p.shape, [axis])
+                    p = jnp.where(earlier >= first, p, 0.0)
                 plgpu.barrier_arrive(free.at[slot])
                 reuse(taken, i)
                 p_smem[half] = p.astype(_BF16)
@@ -260,47 +265,66 @@ def sweep(
                 initial(0)() if len(jobs) == 1
                 else jax.lax.switch(job, [initial(n) for n in range(len(jobs))])
             )  # fmt: skip
-            x = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=by_column)
-            begin = jnp.exp2(-rate * (x + 1).astype(_F32))
-            end = jnp.exp2(-rate * (CHUNK - 1 - x).astype(_F32))
 
-            def weights(i):
-                """in, out: how much of row x comes from, goes to the state; and of the old one."""
-                m, from_begin, to_end = present(i), begin, end
-                kept = jnp.exp2(-rate * jnp.float32(m))
-                if lengths is not None:
-                    from_begin = jnp.where(x < m, from_begin, 0.0)
-                    far = jnp.maximum(m - 1 - x, 0).astype(_F32)
-                    to_end = jnp.where(x < m, jnp.exp2(-rate * far), 0.0)
+            def vector(ref):
+                return plgpu.load(ref, layout=by_column, optimized=False)
+
+            def last_position(i):
+                return positions_smem[jax.lax.rem(i, stages), present(i) - 1]
+
+            def plain(i):
+                """Whether the i-th chunk is full and goes on with the segment before it."""
+                full = present(i) == CHUNK
+                return full if positions is None else full & (last_position(i) >= CHUNK)
+
+            def weigh(i, masked=True):
+                """Puts in_x and out_x in shared memory: as constants they took 32 registers."""
+                m = present(i) if masked else CHUNK
+                x = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=by_column)
+                x = jax.lax.optimization_barrier(x)  # else it is computed, and kept, at the start
+                begin = jnp.exp2(-rate * (x + 1).astype(_F32))
+                end = jnp.exp2(-rate * jnp.maximum(m - 1 - x, 0).astype(_F32))
+                if lengths is not None and masked:
+                    begin, end = jnp.where(x < m, begin, 0.0), jnp.where(x < m, end, 0.0)
+                if positions is not None and masked:
+                    position = vector(positions_smem.at[jax.lax.rem(i, stages)])
+                    begin = jnp.where(position > x, begin, 0.0)
+                    end = jnp.where(x >= m - 1 - last_position(i), end, 0.0)
+                plgpu.commit_smem()  # for its barrier: the last ones have been read
+                weights_smem[w, 0], weights_smem[w, 1] = (end, begin) if reverse else (begin, end)
+                plgpu.commit_smem()
+
+            def kept(i):
+                """How much of the state stays."""
+                decay = jnp.exp2(-rate * jnp.float32(present(i)))
                 if positions is not None:
-                    slot = jax.lax.rem(i, stages)
-                    position = plgpu.load(
-                        positions_smem.at[slot], layout=by_column, optimized=False
-                    )
-                    last = positions_smem[slot, m - 1]
-                    from_begin = jnp.where(position > x, from_begin, 0.0)
-                    to_end = jnp.where(x >= m - 1 - last, to_end, 0.0)
-                    kept = jnp.where(last >= m, kept, 0.0)
-                return (to_end, from_begin, kept) if reverse else (from_begin, to_end, kept)
+                    decay = jnp.where(last_position(i) >= present(i), decay, 0.0)
+                return decay
 
-            def step(i, state):
+            def step(i, carry):
+                state, was_plain = carry
                 slot, half = jax.lax.rem(i, stages), jax.lax.rem(i, 2)
                 plgpu.barrier_wait(full.at[slot])
+                if lengths is not None or positions is not None:
+                    is_plain = plain(i)
+                    pl.when(~(is_plain & was_plain))(lambda: weigh(i))
+                    was_plain = is_plain
                 v_t = plgpu.load(v_smem.at[slot, w].transpose((1, 0)), layout=wgmma_layout)
-                from_state, to_state, kept = weights(i)
 
-                def spread(scale, shape):
-                    return jax.lax.broadcast_in_dim(scale, shape, [1])
+                def spread(weights, shape):
+                    return jax.lax.broadcast_in_dim(vector(weights), shape, [1])
 
                 def products(s_acc, o_acc=None):
-                    s_acc[...] = state * kept
+                    s_acc[...] = state * kept(i)
                     if outputs:
                         q_t = q_smem.at[slot].transpose((1, 0))
                         multiply(o_acc, state.astype(_BF16), q_t)
-                    scaled = v_t.astype(_F32) * spread(to_state, v_t.shape)
+                    scaled = v_t.astype(_F32) * spread(weights_smem.at[w, 1], v_t.shape)
                     multiply(s_acc, scaled.astype(_BF16), k_smem.at[slot])
                     if outputs:
-                        o_acc[...] = read(o_acc, 1) * spread(from_state, (_COLUMNS, CHUNK))
+                        o_acc[...] = read(o_acc, 1) * spread(
+                            weights_smem.at[w, 0], (_COLUMNS, CHUNK)
+                        )
                         plgpu.barrier_wait(ready.at[half])
                         multiply(o_acc, v_t, p_smem.at[half].transpose((1, 0)))
                         return read(s_acc), read(o_acc)
@@ -316,9 +340,10 @@ def sweep(
                     rows = pl.ds(chunk_of(i) * CHUNK, CHUNK)
                     each_job(lambda n: plgpu.copy_smem_to_gmem(
                         o_smem.at[half, w], outs[n][0].at[b, rows, h, lanes]))  # fmt: skip
-                return state
+                return state, was_plain
 
-            state = jax.lax.fori_loop(0, steps, step, state)
+            weigh(0, masked=False)
+            state, _ = jax.lax.fori_loop(0, steps, step, (state, jnp.bool_(True)))
 
             @each_job
             def _(n):
@@ -359,6 +384,7 @@ def sweep(
         "free": plgpu.Barrier(num_arrivals=columns + outputs, num_barriers=stages),
         "k_smem": smem(stages, CHUNK, DIM),
         "v_smem": smem(stages, columns, CHUNK, _COLUMNS),
+        "weights_smem": plgpu.SMEM((columns, 2, CHUNK), _F32),
     }
     if outputs:
         scratch |= {
