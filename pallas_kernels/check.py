@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         for line in lines
     ]
     if args.write:
-        write(record, results, complete=not args.only)
+        write(record, results)
     count = sum(map(len, results.values()))
     print(f"\n{count} cases in {time.time() - start:.0f} s; {len(bad)} failures" + ":" * bool(bad))
     for line in bad:
@@ -180,17 +180,16 @@ def summary(result: dict) -> str:
     kernels = result["kernels"].values()
     if not kernels:
         return "compiles"
-    return "; ".join(
-        f"{k['registers']} regs, spill {k['spills']}, {k['smem'] >> 10} KiB" for k in kernels
-    )
+    registers, spills, smem = (max(k[x] for k in kernels) for x in ("registers", "spills", "smem"))
+    return f"{len(kernels)} kernels: {registers} registers, spills {spills}, {smem >> 10} KiB"
 
 
-def write(record: dict, results: dict, complete: bool) -> None:
-    """Puts results that did not fail to run into `check.json` and the page; keeps the others."""
+def write(record: dict, results: dict) -> None:
+    """Puts results that did not fail to run into `check.json` and the page; keeps those of other cases."""
     for target, labels in results.items():
-        known = {} if complete else record["targets"].get(target, {})
-        good = {label: _rounded(r) for label, (r, _) in labels.items() if "failed" not in r}
-        record["targets"][target] = known | good
+        known = record["targets"].get(target, {})
+        known |= {label: _rounded(r) for label, (r, _) in labels.items() if "failed" not in r}
+        record["targets"][target] = {x: known[x] for x in worker.labels(target) if x in known}
     record["versions"] = {name: importlib.metadata.version(name) for name in PINNED}
     record["date"] = datetime.date.today().isoformat()
     RECORD.write_text(json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n")

@@ -174,7 +174,7 @@ def time(kernel: Kernel, schedule: Schedule | None, chip: Chip) -> Time:
     Raises:
       ValueError: a Schedule whose regions are not those of the kernel, or no steps at all.
     """
-    weights = [1.0] * len(kernel.blocks) if schedule is None else list(schedule.regions)
+    weights = [1.0] * len(kernel.blocks) if schedule is None else list(map(float, schedule.regions))
     if len(weights) != len(kernel.blocks):
         raise ValueError(
             f"{kernel.name}: the case's Schedule has {len(weights)} regions, but the compiled kernel "
@@ -187,14 +187,14 @@ def time(kernel: Kernel, schedule: Schedule | None, chip: Chip) -> Time:
             f"{kernel.name}: its grid is dynamic, so its Schedule must give the steps; regions: "
             f"{kernel.describe()}"
         )
-    bundles = mxu = cycles = 0.0
+    steps, bundles, mxu, cycles = float(steps), 0.0, 0.0, 0.0
     for count, busy, block in kernel.pieces:
         weight = 1.0 if block is None else weights[block]
         bundles += weight * count
         mxu += weight * busy
         cycles += weight * max(count, busy)
     once = (steps * cycles + kernel.before) / chip.clock
-    seconds = schedule.calls * max(once, schedule.bytes / chip.bandwidth)
+    seconds = float(schedule.calls * max(once, schedule.bytes / chip.bandwidth))
     return Time(kernel.name, steps, bundles, mxu, cycles, seconds)
 
 

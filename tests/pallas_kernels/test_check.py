@@ -230,6 +230,23 @@ def test_a_process_that_dies_fails_its_case_and_the_others_run(tmp_path, monkeyp
     assert "[  3/3" in capsys.readouterr().out
 
 
+def test_writing_keeps_other_cases_and_drops_those_that_are_gone(tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    page.write_text(f"head\n{table.BEGIN}\n{table.END}\ntail\n")
+    monkeypatch.setattr(check, "RECORD", tmp_path / "check.json")
+    monkeypatch.setattr(check, "PAGE", page)
+    monkeypatch.setattr(check, "PINNED", ("jax",))
+    monkeypatch.setattr(check.worker, "labels", lambda target: ["a", "b", "c"])
+    record = {"targets": {"h200": {"a": result(GPU), "gone": result(GPU)}}}
+    results = {"b": (result(GPU | {"spills": 9}), ["fails"]), "c": ({"failed": "x"}, ["x"])}
+    check.write(record, {"h200": results})
+    kept = json.loads((tmp_path / "check.json").read_text())["targets"]["h200"]
+    assert sorted(kept) == ["a", "b"] and kept["b"]["kernels"]["kernel"]["spills"] == 9
+    text = page.read_text()
+    assert "| b | `kernel` | 168 | 9 |" in text and "gone" not in text
+    assert text.startswith("head\n") and text.endswith("tail\n")
+
+
 def test_labels_are_unique():
     case = Case("op", "name", ("v5p",), build=lambda chip: None, flops=1, bytes=1)
     with pytest.raises(ValueError, match="two cases"):
