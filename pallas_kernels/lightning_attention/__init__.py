@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import choose
-from pallas_kernels.lightning_attention import pallas, reference, xla
+from pallas_kernels.lightning_attention import pallas, reference, splits, xla
 from pallas_kernels.manual_axes import same_axes
 
 IMPLEMENTATIONS = {
@@ -34,7 +34,9 @@ def lightning_attention(
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     lengths: jax.Array | None = None,
+    axis_name: str | None = None,
     block: int = 0,
+    num_splits: int = 0,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs of all tokens and the state after the last: o_i = sum_(j<=i) e^(-s(i-j)) (q_i.k_j) v_j.
@@ -53,8 +55,14 @@ def lightning_attention(
         changes, at any token.
       lengths: int `[B]`, 0 to T: tokens that are there, of rows padded on the right (with finite
         values). Outputs of padding are zero, and it neither enters nor decays the final state.
+      axis_name: inside `jax.shard_map`, the mesh axis whose devices hold consecutive parts of the
+        sequences, of T tokens each (LASP+). q, k, v and segment_ids are this device's part, lengths
+        count all tokens, the initial state is read on the first device, and each device returns
+        the state after its own part.
       block: tokens per block of XLA's chunked form, which changes speed and rounding only; 0 lets
         the op choose. The Pallas kernels have their own.
+      num_splits: spans of each row that the Pallas kernels take at once, for rows and heads too few
+        to fill the device; 0 lets the op choose.
       implementation: 'reference', 'xla', 'pallas' (TPU and GPU, heads of 128; the GPU's takes
         bfloat16 alone), or None for the fastest.
 
@@ -81,8 +89,9 @@ def lightning_attention(
         _need("segment_ids", segment_ids, (B, T), jnp.integer)
     if lengths is not None:
         _need("lengths", lengths, (B,), jnp.integer)
-    if block < 0:
-        raise ValueError(f"block must be positive, or 0 for the op's own choice, got {block}")
+    if block < 0 or num_splits < 0:
+        numbers = f"{block} and {num_splits}"
+        raise ValueError(f"block and num_splits must be positive, or 0 to choose, got {numbers}")
     refusal = functools.partial(pallas.refusal, q=q_BTHK, k=k_BTHK, v=v_BTHV)
     implementation = choose("lightning_attention", implementation, IMPLEMENTATIONS, refusal)
     block = min(T, block or BLOCKS.get(jax.default_backend(), DEFAULT_BLOCK))
@@ -92,7 +101,12 @@ def lightning_attention(
     inputs.append(jax.lax.stop_gradient(slopes_H).astype(jnp.float32))
     inputs.append(None if initial_state is None else initial_state.astype(jnp.float32))
     inputs = same_axes(*inputs, segment_ids, lengths)
-    o_BTHV, final_state = IMPLEMENTATIONS[implementation](*inputs, block)
+    attend = functools.partial(IMPLEMENTATIONS[implementation], block=block)
+    if implementation == "pallas":
+        attend = functools.partial(attend, num_splits=num_splits, axis_name=axis_name)
+    elif axis_name is not None:
+        attend = functools.partial(splits.over_devices, attend, axis_name=axis_name)
+    o_BTHV, final_state = attend(*inputs)
     return o_BTHV.astype(q_BTHK.dtype), final_state
 
 

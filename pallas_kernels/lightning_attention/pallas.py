@@ -5,7 +5,8 @@ token's index in its chunk. Tokens of a row's first segment, which continue the 
 2^20 more than that, so that no chunk holds their segment's beginning.
 
 Tilings: "lightning_forward", "lightning_backward" and "lightning_state" of `tilings.TILINGS[chip]`,
-of one "chunk", tokens, to a multiple of which sequences are padded.
+of one "chunk", tokens, to a multiple of which sequences are padded. "programs" of the first: how
+many (row, head) pairs fill the device; with fewer, rows are cut into spans (`splits.py`).
 """
 
 import functools
@@ -15,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import chips, tilings
+from pallas_kernels.lightning_attention import splits
 
-CONTINUES = 1 << 20
+MIN_SPAN = 1024  # tokens that are worth a span of their own
 
 
 def refusal(target: chips.Target, q, k, v) -> str | None:
@@ -34,28 +36,25 @@ def refusal(target: chips.Target, q, k, v) -> str | None:
     return None
 
 
-def lightning_attention(q, k, v, slopes_H, initial_state, segment_ids, lengths, block):
+def lightning_attention(
+    q, k, v, slopes_H, initial, segment_ids, lengths, block, *, num_splits=0, axis_name=None
+):
     del block  # the kernels have their own
     target = chips.current()
-    chunk = _tiling(target, "forward")["chunk"]
-    T = q.shape[1]
-    positions = None if segment_ids is None else positions_of(segment_ids)
-    padding = -T % chunk
+    tiling = _tiling(target, "forward")
+    B, T, H, _ = q.shape
+    # One program per row and block of heads; a device with room for more takes spans of the rows.
+    spans = num_splits or min(round(tiling.get("programs", 0) / (B * H)), T // MIN_SPAN)
+    spans = max(1, min(spans, T))
+    positions = splits.positions_of(segment_ids, axis_name)
+    lengths = splits.part_lengths(lengths, T, axis_name)
+    padding = -T % (tiling["chunk"] * spans)
     if padding:
         if lengths is None:
-            lengths = jnp.full_like(slopes_H, T, jnp.int32, q.shape[:1])
+            lengths = jnp.full_like(slopes_H, T, jnp.int32, (B,))
         q, k, v, positions = (_pad(x, padding) for x in (q, k, v, positions))
-    o, final = _attend(q, k, v, slopes_H, initial_state, positions, lengths, target)
+    o, final = _attend(q, k, v, slopes_H, initial, positions, lengths, target, spans, axis_name)
     return o[:, :T], final
-
-
-def positions_of(segment_ids):
-    """int32 `[B, T]`: a token's position in its segment, + 2^20 in the row's first."""
-    t = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    changes = jnp.pad(changes, ((0, 0), (1, 0)))
-    start = jax.lax.cummax(jnp.where(changes, t, 0), axis=1)
-    return t - start + jnp.where(start == 0, CONTINUES, 0)
 
 
 def _pad(x, count):
@@ -68,34 +67,62 @@ def _tiling(target, kernel):
     return tilings.TILINGS[target.chip.name][f"lightning_{kernel}"]
 
 
-def _kernels(target, kernel, module=None):
-    """A function of tpu.py or gpu.py with the target's tiling."""
-    module = importlib.import_module(f"{__package__}.{module or target.chip.platform}")
-    tiling = _tiling(target, {"final_state": "state"}.get(kernel, kernel))
-    return functools.partial(getattr(module, kernel), tiling=tiling, interpret=target.interpret)
+def _kernels(target, kernel, function):
+    """A function of the platform's modules with the target's tiling."""
+    module = target.chip.platform + ("_backward" if function == "backward" else "")
+    module = importlib.import_module(f"{__package__}.{module}")
+    tiling = _tiling(target, kernel)
+    return functools.partial(getattr(module, function), tiling=tiling, interpret=target.interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _attend(q, k, v, slopes_H, initial, positions, lengths, target):
-    return _kernels(target, "forward")(q, k, v, slopes_H, initial, positions, lengths)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
+def _attend(q, k, v, slopes_H, initial, positions, lengths, target, spans, axis_name):
+    inputs = q, k, v, slopes_H, initial, positions, lengths
+    return _forward(*inputs, target, spans, axis_name)[0]
 
 
-def _save(*inputs_and_target):
-    *inputs, target = inputs_and_target
-    inputs = tuple(None if x is None else x.value for x in inputs)
-    return _attend(*inputs, target), inputs
+def _forward(q, k, v, slopes_H, initial, positions, lengths, target, spans, axis_name):
+    """(o, final state), and what the kernels took: spans as rows, and their entering states."""
+    shape = q.shape
+    lengths = splits.row_lengths(lengths, spans, shape[1] // spans)
+    q, k, v, positions = (splits.rows(x, spans) for x in (q, k, v, positions))
+    if spans > 1 or axis_name is not None:
+        local = _kernels(target, "state", "final_state")(k, v, slopes_H, None, positions, lengths)
+        f = splits.decays(slopes_H, positions, lengths, q.shape[:2])[2]
+        initial = splits.chain(f, local, initial, spans, axis_name)
+    taken = q, k, v, slopes_H, initial, positions, lengths
+    o, final = _kernels(target, "forward", "forward")(*taken)
+    return (o.reshape(shape), final.reshape(shape[0], spans, *final.shape[1:])[:, -1]), taken
 
 
-def _pull(target, inputs, cotangents):
-    q, k, v, slopes_H, initial, positions, lengths = inputs
+def _save(*inputs_and_static):
+    *inputs, target, spans, axis_name = inputs_and_static
+    given = inputs[4] is not None
+    inputs = [None if x is None else x.value for x in inputs]
+    outputs, taken = _forward(*inputs, target, spans, axis_name)
+    return outputs, (taken, () if given else None)
+
+
+def _pull(target, spans, axis_name, saved, cotangents):
+    (q, k, v, slopes_H, entering, positions, lengths), given = saved
     d_o, d_final = (
         None if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents
     )
-    if d_o is None:
-        d_o = jnp.zeros_like(q)
-    backward = _kernels(target, "backward", f"{target.chip.platform}_backward")
-    dq, dk, dv, d_initial = backward(*inputs, d_o.astype(q.dtype), d_final)
-    return dq, dk, dv, None, None if initial is None else d_initial, None, None
+    d_o = jnp.zeros_like(q) if d_o is None else d_o.astype(q.dtype).reshape(q.shape)
+    if spans > 1 or axis_name is not None:
+        entry, _, f = splits.decays(slopes_H, positions, lengths, q.shape[:2])
+        seen = splits.weighted(entry, q, d_o)
+        d_final = splits.chain(f, seen, d_final, spans, axis_name, reverse=True)
+    taken = q, k, v, slopes_H, entering, positions, lengths, d_o, d_final
+    *gradients, d_entering = _kernels(target, "backward", "backward")(*taken)
+    shape = (-1, spans * q.shape[1], *q.shape[2:])
+    gradients = [x.reshape(shape) for x in gradients]
+    d_initial = None
+    if given is not None:
+        d_initial = d_entering.reshape(-1, spans, *d_entering.shape[1:])[:, 0]
+        if axis_name is not None:
+            d_initial = jnp.where(jax.lax.axis_index(axis_name) == 0, d_initial, 0)
+    return *gradients, None, d_initial, None, None
 
 
 _attend.defvjp(_save, _pull, symbolic_zeros=True)

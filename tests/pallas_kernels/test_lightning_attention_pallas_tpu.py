@@ -70,21 +70,26 @@ def attend(q, k, v, initial, slopes=SLOPES, **kwargs):
     )
 
 
-@functools.partial(jax.jit, static_argnames="axis")
-def both(inputs, cotangents, slopes, segments, lengths, axis=None):
-    del axis
+@functools.partial(jax.jit, static_argnames="num_splits")
+def both(inputs, cotangents, slopes, segments, lengths, num_splits=0):
     f = functools.partial(attend, slopes=slopes, segment_ids=segments, lengths=lengths)
-    (o, final), pull = jax.vjp(f, *inputs)
+    (o, final), pull = jax.vjp(functools.partial(f, num_splits=num_splits), *inputs)
     d_o, d_final = cotangents
     return (o, final), pull((d_o, jnp.zeros_like(final) if d_final is None else d_final))
 
 
-def compare(example, segments=None, lengths=None, slopes=SLOPES, rtol=3e-6):
-    got = both(*example, slopes, segments, lengths)
-    want = recurrence(*example, slopes, segments, lengths)
-    names = ("o", "final", "dq", "dk", "dv", "d initial")
+NAMES = ("o", "final", "dq", "dk", "dv", "d initial")
+
+
+def compare(example, segments=None, lengths=None, slopes=SLOPES, rtol=3e-6, num_splits=0):
+    got = both(*example, slopes, segments, lengths, num_splits)
+    close(got, recurrence(*example, slopes, segments, lengths), rtol)
+
+
+def close(got, want, rtol=3e-6):
+    """Largest error of each output and gradient over its own largest value."""
     errors = {}
-    for name, x, y in zip(names, (*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+    for name, x, y in zip(NAMES, (*got[0], *got[1]), (*want[0], *want[1]), strict=True):
         if x is not None:
             errors[name] = np.abs(np.float64(x) - y).max() / np.abs(y).max()
     assert max(errors.values()) < rtol, errors
@@ -115,3 +120,56 @@ def test_segments_and_lengths():
         compare(example(7, T), *given)
     o, _ = attend(*example(7, T)[0], segment_ids=segments, lengths=lengths)
     assert not np.asarray(o)[np.arange(T) >= lengths[:, None]].any()
+
+
+PACKED = np.sort(np.random.default_rng(1).integers(0, 7, (4, 96)), axis=1).astype(np.int32)
+PACKED[0], PACKED[1, :50], PACKED[1, 50:] = 5, 1, 2  # one segment; two, the second over many spans
+PACKED_LENGTHS = np.int32([96, 96, 37, 0])
+
+
+def test_splits_of_the_sequence_are_the_whole():
+    compare(example(4, 96), PACKED, PACKED_LENGTHS, num_splits=3)
+    compare(example(1, 50, states=False), num_splits=2)
+
+
+@pytest.mark.parametrize("implementation, check_vma", [("pallas", False), ("xla", True)])
+def test_parts_of_the_sequence_on_several_devices(implementation, check_vma):
+    """Values and gradients, segments that end with a device's part or go on, lengths of all parts."""
+    devices = 3
+    (q, k, v, initial), (d_o, d_final) = example(4, 96)
+    mesh = jax.make_mesh((devices,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
+    part, each = jax.P(None, "cp"), jax.P("cp")
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(part, part, part, each, part, jax.P(), part, each),
+        out_specs=(part, each, (part, part, part, each)),
+        check_vma=check_vma,
+    )
+    def local(q, k, v, initial, segments, lengths, d_o, d_final):
+        def f(q, k, v, initial):
+            return op.lightning_attention(
+                *(q, k, v, jnp.asarray(SLOPES)),
+                initial_state=initial[0],
+                segment_ids=segments,
+                lengths=lengths,
+                axis_name="cp",
+                implementation=implementation,
+            )
+
+        (o, final), pull = jax.vjp(f, q, k, v, initial)
+        return o, final[None], pull((d_o, d_final[0]))
+
+    # what later devices are given as initial state is not read
+    initials = jnp.stack([initial, initial + 1, initial + 2])
+    d_finals = jnp.stack([jnp.zeros_like(d_final), jnp.zeros_like(d_final), d_final])
+    for segments, lengths in ((PACKED, PACKED_LENGTHS), (np.zeros_like(PACKED), None)):
+        full = np.int32([96] * 4) if lengths is None else lengths
+        o, finals, grads = local(q, k, v, initials, segments, full, d_o, d_finals)
+        d_initial = grads[3]
+        assert not d_initial[1:].any()
+        got = (o, finals[-1]), (*grads[:3], d_initial[0])
+        want = recurrence((q, k, v, initial), (d_o, d_final), segments=segments, lengths=lengths)
+        close(got, want)
