@@ -7,9 +7,9 @@ Those of TPUs were chosen by static schedules, those of the H200 by its compiler
 TILINGS: dict[str, dict[str, dict[str, int]]] = {
     "v5p": {
         "flash_attention": dict(queries=512, keys=1024, part=512, dq_bytes=4 << 30),
-        "moe_dispatch.gmm": dict(rows=640, block=256, columns=512),
-        "moe_dispatch.gmm_swiglu": dict(rows=640, block=256, columns=512),
-        "moe_dispatch.tgmm": dict(rows=640, rows_out=1536, columns_out=512),
+        "moe_dispatch.gmm": dict(rows=640, block=128, columns=512),
+        "moe_dispatch.gmm_swiglu": dict(rows=640, block=128, columns=512),
+        "moe_dispatch.tgmm": dict(rows=640, rows_out=1536, columns_out=1024),
         "lightning_forward": dict(chunk=128, heads=16, ahead=3, cores=2),
         "lightning_state": dict(chunk=128, heads=16, cores=2),
         "lightning_backward": dict(chunk=128, heads=16, ahead=3, cores=2),
@@ -19,9 +19,9 @@ TILINGS: dict[str, dict[str, dict[str, int]]] = {
     },
     "v6e": {
         "flash_attention": dict(queries=1024, keys=2048, part=512, dq_bytes=4 << 30),
-        "moe_dispatch.gmm": dict(rows=1024, block=512, columns=512),
+        "moe_dispatch.gmm": dict(rows=1024, block=256, columns=512),
         "moe_dispatch.gmm_swiglu": dict(rows=1024, block=256, columns=512),
-        "moe_dispatch.tgmm": dict(rows=640, rows_out=3072, columns_out=512),
+        "moe_dispatch.tgmm": dict(rows=640, rows_out=3072, columns_out=1024),
         "lightning_forward": dict(chunk=128, heads=16, ahead=3, cores=1),
         "lightning_state": dict(chunk=128, heads=16, cores=1),
         "lightning_backward": dict(chunk=128, heads=16, ahead=3, cores=1),
@@ -33,7 +33,7 @@ TILINGS: dict[str, dict[str, dict[str, int]]] = {
         "flash_attention": dict(queries=1024, keys=2048, part=512, dq_bytes=4 << 30),
         "moe_dispatch.gmm": dict(rows=640, block=256, columns=512),
         "moe_dispatch.gmm_swiglu": dict(rows=640, block=256, columns=512),
-        "moe_dispatch.tgmm": dict(rows=640, rows_out=1536, columns_out=512),
+        "moe_dispatch.tgmm": dict(rows=640, rows_out=3072, columns_out=1024),
         "lightning_forward": dict(chunk=128, heads=16, ahead=3, cores=1),
         "lightning_state": dict(chunk=128, heads=16, cores=1),
         "lightning_backward": dict(chunk=128, heads=16, ahead=3, cores=1),

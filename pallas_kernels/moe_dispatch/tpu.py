@@ -39,17 +39,27 @@ def refusal(num_pairs: int, gate_EDF: jax.Array) -> str | None:
 
 
 def multiple(num_pairs: int, num_experts: int, dtype) -> int:
-    """Rows at which groups start: a quarter of the mean group, at most 128, at least what a tile has."""
-    quarter = num_pairs // (4 * num_experts)
+    """Rows at which groups start: an eighth of the mean group, at most 128, at least a tile's rows.
+
+    On average half of it is computed in vain for each expert, a sixteenth of the work.
+    """
+    eighth = num_pairs // (8 * num_experts)
     least = 32 // jnp.dtype(dtype).itemsize
-    return max(least, min(128, 1 << max(quarter, 1).bit_length() - 1))
+    return max(least, min(128, 1 << max(eighth, 1).bit_length() - 1))
 
 
 def tilings(chip: str, num_pairs: int, num_experts: int) -> dict[str, dict[str, int]]:
-    """Of `gmm`, `gmm_swiglu` and `tgmm` on that chip, with its cores and its VMEM."""
+    """Of `gmm`, `gmm_swiglu` and `tgmm` on that chip, with its cores and its VMEM.
+
+    Rows of an item: a quarter more than the mean group has, up to the table's.
+    """
+    rows = routing.round_up(5 * num_pairs // (4 * num_experts) + 1, 128)
     machine = dict(cores=chips.CHIPS[chip].cores, vmem=chips.CHIPS[chip].vmem)
-    names = "gmm", "gmm_swiglu", "tgmm"
-    return {name: TILINGS[chip][f"moe_dispatch.{name}"] | machine for name in names}
+    found = {}
+    for name in ("gmm", "gmm_swiglu", "tgmm"):
+        table = TILINGS[chip][f"moe_dispatch.{name}"]
+        found[name] = table | machine | dict(rows=min(table["rows"], rows))
+    return found
 
 
 def gmm(x_RM, w_EMN, counts_E, *, multiple, transposed=False, out_dtype, tiling, interpret=False):
@@ -108,7 +118,8 @@ def _grouped(
     """`finish` of the products with each of ws, as arrays `[R, N]` of those dtypes."""
     R, M = x_RM.shape
     E, N = len(counts_E), ws[0].shape[1 if transposed else 2]
-    rows, columns, cores = _fit(x_RM, len(ws), N, dtypes, multiple, tiling)
+    out_widths = [jnp.dtype(dtype).itemsize for dtype in dtypes]
+    rows, columns, cores = fit(R, M, N, x_RM.dtype.itemsize, len(ws), out_widths, multiple, tiling)
     tiles = N // columns // cores
     expert_I, first_I, blocks_I, num_items = items(counts_E, rows, multiple, R // rows + E)
 
@@ -122,19 +133,16 @@ def _grouped(
         column = core * tiles + n
         return (expert_I[i], column, 0) if transposed else (expert_I[i], 0, column)
 
-    sizes = [multiple]
-    while sizes[0] * 2 <= min(tiling["block"], rows):
-        sizes.insert(0, sizes[0] * 2)
     kernel = functools.partial(
-        _kernel, start=start, finish=finish, multiple=multiple, sizes=tuple(sizes),
+        _kernel, start=start, finish=finish, multiple=multiple,
+        sizes=sizes(multiple, rows, tiling["block"]),
         transposed=transposed, num_outs=len(dtypes), num_ws=len(ws),
     )  # fmt: skip
     rings = [pltpu.VMEM((RING * multiple, columns), dtype) for dtype in dtypes]
     weights = pl.BlockSpec((None, *((columns, M) if transposed else (M, columns))), weights_map)
-    out_bytes = sum(jnp.dtype(dtype).itemsize for dtype in dtypes)
     cost = pl.CostEstimate(
         flops=2 * R * M * N * len(ws),
-        bytes_accessed=x_RM.nbytes * cores + sum(w.nbytes for w in ws) + R * N * out_bytes,
+        bytes_accessed=x_RM.nbytes * cores + sum(w.nbytes for w in ws) + R * N * sum(out_widths),
         transcendentals=R * N * (len(ws) - 1),
     )
     return pl.pallas_call(
@@ -158,7 +166,7 @@ def _grouped(
         ),
         cost_estimate=cost,
         interpret=interpret,
-        name=name,
+        name=f"{name}_{M}x{N}",
     )(expert_I, first_I, blocks_I, x_RM, *ws)
 
 
@@ -192,7 +200,6 @@ def _kernel(
     def block(size, unit):
         """Rows of `size`, from the item's `unit`-th block of `multiple` rows on."""
         row, parts = first_I[i] + unit * multiple, size // multiple
-        # Consecutive slots: `started` is a multiple of `parts` here or the smaller sizes follow.
         slots = [jax.lax.rem(started[0] + part, RING) for part in range(parts)]
         for part, slot in enumerate(slots):
             pl.when(started[0] + part >= RING)(functools.partial(wait, slot))
@@ -235,18 +242,27 @@ def _kernel(
             pl.when(started[0] > slot)(functools.partial(wait, slot))
 
 
-def _fit(x_RM, num_ws, N, dtypes, multiple, tiling):
-    """rows, columns, cores: those of the tiling, or fewer where there are fewer or VMEM is short."""
-    R, M = x_RM.shape
-    width = x_RM.dtype.itemsize
+def sizes(multiple: int, rows: int, block: int) -> tuple[int, ...]:
+    """Rows of the blocks that an item's rows are multiplied in, largest first."""
+    found = [multiple]
+    while found[0] * 2 <= min(block, rows):
+        found.insert(0, found[0] * 2)
+    return tuple(found)
+
+
+def fit(R, M, N, width, num_ws, out_widths, multiple, tiling) -> tuple[int, int, int]:
+    """rows, columns, cores: those of the tiling, or fewer where there are fewer or VMEM is short.
+
+    width, out_widths: bytes of an element of x and the weights, of each result.
+    """
     cores = tiling["cores"] if N % (tiling["cores"] * 128) == 0 else 1
     rows = min(tiling["rows"], R)
+    rows -= rows % multiple
     columns = divisor(N // cores, tiling["columns"])
     left = tiling["vmem"] - (8 << 20)
-    rows -= rows % multiple
 
     def needed():
-        ring = RING * multiple * columns * sum(jnp.dtype(dtype).itemsize for dtype in dtypes)
+        ring = RING * multiple * columns * sum(out_widths)
         block = min(tiling["block"], rows) * columns * 4 * num_ws
         return 2 * width * M * (rows + num_ws * columns) + ring + block
 

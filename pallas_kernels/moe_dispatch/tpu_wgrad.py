@@ -35,14 +35,8 @@ def tgmm(x_RM, y_RN, counts_E, *, multiple, out_dtype, tiling, interpret=False):
     if len(x_RM) < BLOCK:
         x_RM, y_RN = (jnp.pad(x, ((0, BLOCK - len(x)), (0, 0))) for x in (x_RM, y_RN))
     (R, M), N, E = x_RM.shape, y_RN.shape[1], len(counts_E)
-    cores = tiling["cores"] if M % (tiling["cores"] * 128) == 0 else 1
-    rows = min(tiling["rows"], R - R % BLOCK)
-    out_M, out_N = divisor(M // cores, tiling["rows_out"]), divisor(N, tiling["columns_out"])
     width, out_width = x_RM.dtype.itemsize, jnp.dtype(out_dtype).itemsize
-    while out_M > 128 and tiling["vmem"] - (8 << 20) < (
-        width * rows * (3 * out_M + 2 * out_N) + out_M * out_N * (8 + 2 * out_width)
-    ):
-        out_M = divisor(M // cores, out_M - 128)
+    rows, out_M, out_N, cores = fit(R, M, N, width, out_width, tiling)
     tiles = M // out_M // cores
     starts_E = routing.group_starts(counts_E, multiple).astype(jnp.int32)
     extents_E = routing.round_up(counts_E, multiple).astype(jnp.int32)
@@ -90,8 +84,21 @@ def tgmm(x_RM, y_RN, counts_E, *, multiple, out_dtype, tiling, interpret=False):
             transcendentals=0,
         ),
         interpret=interpret,
-        name="moe_tgmm",
+        name=f"moe_tgmm_{M}x{N}",
     )(starts_E, extents_E, x_RM, y_RN)
+
+
+def fit(R, M, N, width, out_width, tiling) -> tuple[int, int, int, int]:
+    """rows, rows_out, columns_out, cores: those of the tiling, or fewer, as VMEM and shapes ask."""
+    cores = tiling["cores"] if M % (tiling["cores"] * 128) == 0 else 1
+    rows = min(tiling["rows"], R - R % BLOCK)
+    out_M, out_N = divisor(M // cores, tiling["rows_out"]), divisor(N, tiling["columns_out"])
+    left = tiling["vmem"] - (8 << 20)
+    while out_M > 128 and left < (
+        width * rows * (3 * out_M + 2 * out_N) + out_M * out_N * (8 + 2 * out_width)
+    ):
+        out_M = divisor(M // cores, out_M - 128)
+    return rows, out_M, out_N, cores
 
 
 def _kernel(starts_E, extents_E, x, y, out, x_t, total, *, start, multiple):
