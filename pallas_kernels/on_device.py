@@ -23,7 +23,6 @@ from pallas_kernels.aot import worker
 from pallas_kernels.case import Case
 
 SECONDS, REPEATS = 0.05, 5  # of a round of calls; rounds, of which the median counts
-TOLERANCE = 2e-2  # by which tilings may differ: they sum in another order, in bfloat16
 
 
 def seconds(function, *arguments) -> float:
@@ -102,7 +101,7 @@ class Device:
     def case(self, label: str) -> dict:
         """Time of a case with the tilings in the table."""
         case = self._get(label)
-        return self._time(case, case.build(self.chip.name)[0], reference=True)
+        return self._time(case.build(self.chip.name)[0], reference=True)
 
     def tiling(self, label: str, overrides: dict) -> dict:
         """Time of a case with other tilings: {kernel: tiling}."""
@@ -110,14 +109,15 @@ class Device:
         before = dict(table)
         try:
             table.update(overrides)
-            return self._time(case, case.build(self.chip.name)[0])
+            return self._time(case.build(self.chip.name)[0])
         finally:
             table.clear()
             table.update(before)
 
     def rival(self, label: str, name: str) -> dict:
+        """Time of a rival. One called 'xla' has the same results: at this size they are compared."""
         case = self._get(label)
-        return self._time(case, case.rivals(self.chip.name)[name], rival=True)
+        return self._time(case.rivals(self.chip.name)[name], compare=name == "xla")
 
     def fla(self, shape: list[int], backward: bool) -> dict:
         """Time of simple_gla of the package fla, by PyTorch: the same decays, no scale.
@@ -158,7 +158,7 @@ class Device:
         self.label, self.arguments = "toy: matmul", _sample(case, self.chip.name)
         function, rehearsed, self.rehearsed = _toy(self.chip.name)[0], self.rehearsed, None
         try:
-            return self._time(case, function, reference=True)
+            return self._time(function, reference=True)
         finally:
             self.label, self.rehearsed = None, rehearsed
 
@@ -171,7 +171,7 @@ class Device:
             self.label = label
         return case
 
-    def _time(self, case: Case, function, *, reference=False, rival=False) -> dict:
+    def _time(self, function, *, reference=False, compare=True) -> dict:
         jax.clear_caches()  # a function traced with other tilings keeps them
         function = function if hasattr(function, "lower") else jax.jit(function)
         if self.rehearsed:
@@ -181,25 +181,30 @@ class Device:
         start = time.perf_counter()
         out = jax.block_until_ready(function(*self.arguments))
         compiling = time.perf_counter() - start
-        corner = [np.asarray(_head(x), np.float32) for x in jax.tree.leaves(out)]
+        some = [np.asarray(_some(x)) for x in jax.tree.leaves(out)]
         del out
+        answer = {"first_call": compiling}
         if reference:
-            self.first = corner
-        elif self.first is not None and not rival:
-            for got, want in zip(corner, self.first, strict=True):
-                worst = np.max(np.abs(got - want), initial=0) / max(
-                    np.max(np.abs(want), initial=0), 1e-30
-                )
-                if not worst <= TOLERANCE:
-                    raise ValueError(
-                        f"its results differ from those of the table's tilings by {worst:.1e}"
-                    )
-        return {"seconds": seconds(function, *self.arguments), "first_call": compiling}
+            self.first = some
+        elif self.first is not None and compare:
+            answer["difference"] = _difference(some, self.first)
+        return answer | {"seconds": seconds(function, *self.arguments)}
 
 
 @jax.jit
-def _head(x):
-    return x.reshape(-1)[:65536]
+def _some(x):
+    """Some 65536 elements from all over an array."""
+    x = x.reshape(-1)
+    return x[:: max(1, x.size // 65536)].astype(jnp.float32)
+
+
+def _difference(got: list, want: list) -> float:
+    """max |got - want| / max |want|, the worst of all arrays; NaN if one is."""
+    errors = [
+        np.max(np.abs(x - y), initial=0) / max(np.max(np.abs(y), initial=0), 1e-30)
+        for x, y in zip(got, want, strict=True)
+    ]
+    return float(np.max(errors))
 
 
 def _sample(case: Case, chip: str) -> tuple:
