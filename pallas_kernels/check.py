@@ -69,8 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
         write(record, results)
     count = sum(map(len, results.values()))
     print(f"\n{count} cases in {time.time() - start:.0f} s; {len(bad)} failures" + ":" * bool(bad))
-    for line in bad:
+    new = [line for line in bad if line.endswith(budgets.UNRECORDED)]
+    for line in [line for line in bad if line not in new] + new[:1]:
         print(f"  {line}")
+    if len(new) > 1:
+        print(f"  … and {len(new) - 1} more that are not recorded")
     return 1 if bad else 0
 
 

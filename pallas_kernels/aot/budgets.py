@@ -4,6 +4,7 @@ SPILLS = 64  # bytes per thread of a GPU kernel, stores and loads
 SMEM = 227 * 1024  # bytes per block that Hopper grants
 VMEM = 0.75  # of what the kernel asked for, or of what there is if that is less
 CYCLES = 1.05  # times the recorded cycles per step
+UNRECORDED = "nothing is recorded for this case: run with --write"
 
 
 def failures(result: dict, gate: float | None, recorded: dict | None) -> list[str]:
@@ -27,7 +28,7 @@ def failures(result: dict, gate: float | None, recorded: dict | None) -> list[st
         elif result["ratio"] < gate:
             lines.append(f"static ratio {result['ratio']:.3f} is below its gate {gate:.2f}")
     if recorded is None:
-        lines.append("nothing is recorded for this case: run with --write")
+        lines.append(UNRECORDED)
     elif sorted(recorded["kernels"]) != sorted(result["kernels"]):
         lines.append(
             f"runs the kernels {sorted(result['kernels'])}, recorded are {sorted(recorded['kernels'])}"
