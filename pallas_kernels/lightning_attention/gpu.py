@@ -24,8 +24,10 @@ Shared buffers and why none is overwritten while it is read (every barrier count
 an arriving warpgroup, each after its own reads; a wgmma has read its operands once it is waited for):
 
     q, k, v, positions [stages]  full: their copies. free: the scores' and the columns' warpgroups,
-                                 after their last wgmma on that slot is waited for. The loader waits
-                                 for free before it refills a slot, from its second use on.
+                                 after they waited for their last wgmma on that slot, and after a
+                                 fence between their ordinary loads of v and positions and the copy
+                                 that overwrites them (that of `commit_smem`). The loader waits for
+                                 free before it refills a slot, from its second use on.
     p [2]                        ready: the scores' warpgroup, after its stores and the fence to the
                                  asynchronous proxy. taken: the columns' warpgroups, after the wgmma
                                  that reads it. Its writer waits for taken from the second use on.
@@ -47,6 +49,7 @@ from pallas_kernels import versions
 
 CHUNK = 64
 DIM = 128
+CORES = 132  # streaming multiprocessors of an H100 or H200
 _COLUMNS = 64  # of v, per warpgroup
 _F32, _BF16 = jnp.float32, jnp.bfloat16
 
@@ -68,42 +71,29 @@ class Job(NamedTuple):
 
 
 def forward(q, k, v, slopes_H, initial, positions, lengths, *, tiling, interpret=False):
-    """o [B, T, H, V] in bfloat16 and the final state, float32 [B, H, K, V]."""
-    job = Job(q, k, v, initial)
-    ((o, final),) = sweep(
-        [job],
-        slopes_H,
-        positions,
-        lengths,
-        name="lightning_gpu_forward",
-        **tiling,
-        interpret=interpret,
-    )
+    """o [B, T, H, V] in bfloat16 and the final state, float32 [B, H, K, V].
+
+    q, k, v: bfloat16 [B, T, H, 128], T a multiple of 64; initial: float32 [B, H, K, V] or None for
+    zero; positions: int32 [B, T] or None; lengths: int32 [B] or None. tiling: stages, splits.
+    """
+    common = slopes_H, positions, lengths, tiling, interpret
+    ((o, final),) = sweep([Job(q, k, v, initial)], *common, name="lightning_gpu_forward")
     return o, final
 
 
 def final_state(k, v, slopes_H, initial, positions, lengths, *, tiling, interpret=False):
     """The final state alone, float32 [B, H, K, V]: reads k and v only."""
-    job = Job(None, k, v, initial)
-    ((_, final),) = sweep(
-        [job],
-        slopes_H,
-        positions,
-        lengths,
-        name="lightning_gpu_state",
-        **tiling,
-        interpret=interpret,
-    )
+    common = slopes_H, positions, lengths, tiling, interpret
+    ((_, final),) = sweep([Job(None, k, v, initial)], *common, name="lightning_gpu_state")
     return final
 
 
-def sweep(
-    jobs, slopes_H, positions, lengths, *, name, reverse=False, stages=3, splits=1, interpret=False
-):
+def sweep(jobs, slopes_H, positions, lengths, tiling, interpret, *, name, reverse=False):
     """[(o or None, final state or None)] of jobs that differ in their arrays only.
 
-    Jobs run side by side, so that what they share is read from memory once. stages: chunks in
-    shared memory; splits: blocks per head, 1 (two columns' warpgroups) or 2 (one in each).
+    Jobs run side by side, so that what they share is read from memory once. tiling: "stages", chunks
+    in shared memory; "splits", blocks per head, 1 (two columns' warpgroups) or 2 (one in each); 0 or
+    none takes 2 where the device has multiprocessors for them.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -115,6 +105,8 @@ def sweep(
     if T % CHUNK:
         raise ValueError(f"T must be a multiple of {CHUNK}, got {T}")
     chunks = T // CHUNK
+    stages, splits = tiling["stages"], tiling.get("splits", 0)
+    splits = splits or (2 if 2 * B * H * len(jobs) <= CORES else 1)
     columns = DIM // _COLUMNS // splits  # warpgroups
     wgmma_layout = plgpu.Layout.WGMMA
     by_column = wgmma_layout.reduce(0)  # of a vector that scales columns, one value per column
@@ -122,8 +114,8 @@ def sweep(
     leaves, tree = jax.tree.flatten(operands)
     shapes = [
         (
-            jax.ShapeDtypeStruct((B, T, H, DIM), _BF16) if outputs else None,
-            jax.ShapeDtypeStruct((B, H, DIM, DIM), _F32) if job.final else None,
+            versions.shape_like((B, T, H, DIM), _BF16, *leaves) if outputs else None,
+            versions.shape_like((B, H, DIM, DIM), _F32, *leaves) if job.final else None,
         )
         for job in jobs
     ]
@@ -232,10 +224,10 @@ def sweep(
                         first = jnp.where(later < present(i), first, CHUNK)
                     first = jax.lax.broadcast_in_dim(first, p.shape, [axis])
                     p = jnp.where(earlier >= first, p, 0.0)
-                plgpu.barrier_arrive(free.at[slot])
                 reuse(taken, i)
                 p_smem[half] = p.astype(_BF16)
                 plgpu.commit_smem()
+                plgpu.barrier_arrive(free.at[slot])
                 plgpu.barrier_arrive(ready.at[half])
 
             drain(taken)
@@ -331,15 +323,19 @@ def sweep(
                     return read(s_acc), None
 
                 state, o_t = accumulate(products, (_COLUMNS, DIM), *[(_COLUMNS, CHUNK)] * outputs)
-                plgpu.barrier_arrive(free.at[slot])
                 if outputs:
                     plgpu.barrier_arrive(taken.at[half])
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                     o_smem.at[half, w].transpose((1, 0))[...] = o_t.astype(_BF16)
-                    plgpu.commit_smem()
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(free.at[slot])
+                if outputs:
                     rows = pl.ds(chunk_of(i) * CHUNK, CHUNK)
-                    each_job(lambda n: plgpu.copy_smem_to_gmem(
-                        o_smem.at[half, w], outs[n][0].at[b, rows, h, lanes]))  # fmt: skip
+                    each_job(
+                        lambda n: plgpu.copy_smem_to_gmem(
+                            o_smem.at[half, w], outs[n][0].at[b, rows, h, lanes]
+                        )
+                    )
                 return state, was_plain
 
             weigh(0, masked=False)

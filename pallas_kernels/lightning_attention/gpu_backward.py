@@ -24,16 +24,11 @@ def backward(
     q, k, v, do: bfloat16 [B, T, H, 128], T a multiple of 64; initial, d_final: float32 [B, H, K, V]
     or None for zero; positions: int32 [B, T] or None; lengths: int32 [B] or None.
     """
-    run = dict(tiling, interpret=interpret)
-    common = slopes_H, positions, lengths
+    common = slopes_H, positions, lengths, tiling, interpret
     name = "lightning_gpu_backward"
     dq_job = Job(do, v, k, initial, flipped=True, final=False)
-    ((dq, _),) = sweep([dq_job], *common, name=f"{name}_dq", **run)
-    (dv, d_initial), (dk, _) = sweep(
-        [Job(k, q, do, d_final), Job(v, do, q, d_final, flipped=True, final=False)],
-        *common,
-        name=f"{name}_dkdv",
-        reverse=True,
-        **run,
-    )
+    ((dq, _),) = sweep([dq_job], *common, name=f"{name}_dq")
+    dv_job = Job(k, q, do, d_final)
+    dk_job = Job(v, do, q, d_final, flipped=True, final=False)
+    (dv, d_initial), (dk, _) = sweep([dv_job, dk_job], *common, name=f"{name}_dkdv", reverse=True)
     return dq, dk, dv, d_initial
