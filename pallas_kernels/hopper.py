@@ -28,10 +28,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import versions
+from pallas_kernels.manual_axes import same_axes
 
 MULTIPLIERS = 2
 LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232
-PLACES = 2  # in shared memory, that a multiplier stores through
 
 
 class Tile(NamedTuple):
@@ -56,6 +56,7 @@ def persistent(
     finish: Callable[[Sequence, Any, Any, Sequence, Any], None],
     shared: Sequence[int] = (),
     stages: int,
+    places: int = 2,
     blocks: int,
     cluster: int = 1,
     interpret: bool = False,
@@ -72,6 +73,7 @@ def persistent(
       finish: (refs, where, multiplier, values of the sums, staging): stores, usually by `put`.
       shared: which slots the blocks of a cluster load together, a part of the rows each.
       stages: at least 2, since a slot is left one step later.
+      places: of 8 KiB, that each multiplier stores through; it waits for one when all are in use.
       blocks: of threads, in all: the number of SMs.
     """
     if stages < 2:
@@ -163,12 +165,12 @@ def persistent(
 
     dtype = out_type[0].dtype
     empty = dict(num_arrivals=MULTIPLIERS, num_barriers=stages)
-    return plgpu.kernel(
+    outputs = plgpu.kernel(
         body,
         out_type=tuple(out_type),
         scratch_types=(
             [smem((stages, *shape), jnp.bfloat16) for shape in slots],
-            smem((MULTIPLIERS, PLACES, 64, 128 // dtype.itemsize), dtype),
+            smem((MULTIPLIERS, places, 64, 128 // dtype.itemsize), dtype),
             plgpu.Barrier(num_arrivals=len(slots), num_barriers=stages),
             plgpu.ClusterBarrier(collective_axes=("member",), **empty)
             if cluster > 1
@@ -186,19 +188,20 @@ def persistent(
         ),
         interpret=versions.gpu_interpreter(interpret),
     )(*operands)
+    return same_axes(*outputs, *operands)[: len(outputs)]  # `plgpu.kernel` forgets them
 
 
 def put(staging, multiplier, pairs):
     """Stores float32 values [64, n] in slices of global memory, 128 bytes of each row at a time."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    width, number = staging.shape[-1], 0
+    (_, places, _, width), number = staging.shape, 0
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
     for value, destination in pairs:
         for column in range(0, value.shape[1], width):
-            place = staging.at[multiplier, number % PLACES]
-            if number >= PLACES:
-                plgpu.wait_smem_to_gmem(PLACES - 1, wait_read_only=True)
+            place = staging.at[multiplier, number % places]
+            if number >= places:
+                plgpu.wait_smem_to_gmem(places - 1, wait_read_only=True)
             place[...] = value[:, column : column + width].astype(staging.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(place, destination.at[:, pl.ds(column, width)])

@@ -43,18 +43,12 @@ TILINGS: dict[str, dict[str, dict[str, int]]] = {
     },
     "h200": {
         "moe_dispatch.gmm": dict(
-            block_rows=128, block_columns=256, stages=4, band=8, blocks=132, cluster=2
-        ),
-        "moe_dispatch.gmm.few": dict(
-            block_rows=64, block_columns=256, stages=4, band=8, blocks=132, cluster=1
+            block_columns=256, stages=4, places=2, band=8, blocks=132, cluster=2
         ),
         "moe_dispatch.gmm_swiglu": dict(
-            block_rows=128, block_columns=128, stages=4, band=8, blocks=132, cluster=2
+            block_columns=128, stages=4, places=2, band=8, blocks=132, cluster=2
         ),
-        "moe_dispatch.gmm_swiglu.few": dict(
-            block_rows=64, block_columns=128, stages=4, band=8, blocks=132, cluster=1
-        ),
-        "moe_dispatch.tgmm": dict(block_columns=256, stages=4, blocks=132, cluster=2),
+        "moe_dispatch.tgmm": dict(block_columns=256, stages=3, places=4, blocks=132, cluster=2),
         "token_logprobs": dict(stages=4, band=16, blocks=132, part_bytes=1 << 30),
     },
 }

@@ -17,17 +17,16 @@ read once; with all rows in one expert a patch of 8 x 16 tiles reads 5 KiB per 4
 Shape suffixes as in `routing`; M, N: widths, multiples of 128.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import hopper, versions
+from pallas_kernels import hopper
 from pallas_kernels.moe_dispatch import routing
 from pallas_kernels.tilings import TILINGS
 
 MULTIPLE = 64  # rows at which groups start
+ROWS = 128  # of a tile
 STEP = 64  # elements of the contraction at a time
 
 
@@ -42,13 +41,12 @@ def multiple(num_pairs: int, num_experts: int, dtype) -> int:
 
 
 def tilings(chip: str, num_pairs: int, num_experts: int) -> dict[str, dict[str, int]]:
-    """The chip's tilings for so many pairs; few of them stream weights through low tiles."""
-    few = num_pairs <= 64 * num_experts
-    table = TILINGS[chip]
-    return {
-        name: table[f"moe_dispatch.{name}" + (".few" if few and name != "tgmm" else "")]
-        for name in ("gmm", "gmm_swiglu", "tgmm")
-    }
+    """The chip's tilings, the same for any number of pairs.
+
+    A few rows per expert are bound by reading the weights, which a tile of 128 rows that are mostly
+    not there does as fast as a lower one.
+    """
+    return {name: TILINGS[chip][f"moe_dispatch.{name}"] for name in ("gmm", "gmm_swiglu", "tgmm")}
 
 
 def gmm(
@@ -56,8 +54,8 @@ def gmm(
 ):  # fmt: skip
     """x_r @ w_e for each row r of expert e, `[R, N]`; or x_r @ w_e^T for w `[E, N, M]`.
 
-    tiling: block_rows (128, or 64: for few rows), block_columns (256 or 128, of each matrix), stages,
-    band, blocks, cluster.
+    tiling: block_columns (256 or 128, of each matrix), band; stages, places, blocks and cluster as in
+    `hopper.persistent`.
     """
     name = "moe_gmm_transposed" if transposed else "moe_gmm"
     return _grouped(
@@ -88,22 +86,22 @@ def tgmm(x_RM, y_RN, counts_E, *, multiple, out_dtype, tiling, interpret=False):
     """sum_r x_r^T y_r over the rows of each expert, `[E, M, N]`; zero for an expert without rows."""
     _check(multiple, x_RM, y_RN)
     (_, M), (_, N), E = x_RM.shape, y_RN.shape, counts_E.size
-    rows, columns = 128, _columns(tiling["block_columns"], N)
+    columns = _columns(tiling["block_columns"], N)
     groups_2E = jnp.stack([routing.group_starts(counts_E, multiple), _extents(counts_E, multiple)])
     cluster = tiling["cluster"] if N // columns % 2 == 0 else 1
-    across, each = N // columns // cluster, (M // rows) * (N // columns // cluster)
+    across, each = N // columns // cluster, (M // ROWS) * (N // columns // cluster)
 
     def tile(refs, number, member):
         expert, rest = jax.lax.div(number, each), jax.lax.rem(number, each)
         row, column = jax.lax.div(rest, across), jax.lax.rem(rest, across) * cluster + member
         begin, extent = refs[2][0, expert], refs[2][1, expert]
-        where = expert, begin, row * rows, column * columns
+        where = expert, begin, row * ROWS, column * columns
         return hopper.Tile(jax.lax.div(extent, STEP), where)
 
     def load(refs, where, k):
         _, begin, row, column = where
         step = pl.ds(pl.multiple_of(begin + k * STEP, STEP), STEP)
-        return refs[0].at[step, pl.ds(row, rows)], refs[1].at[step, pl.ds(column, columns)]
+        return refs[0].at[step, pl.ds(row, ROWS)], refs[1].at[step, pl.ds(column, columns)]
 
     def multiply(_, multiplier, slots, sums):
         x, y = slots
@@ -117,13 +115,13 @@ def tgmm(x_RM, y_RN, counts_E, *, multiple, out_dtype, tiling, interpret=False):
     return hopper.persistent(
         x_RM, y_RN, groups_2E,
         name="moe_tgmm",
-        out_type=[versions.shape_like((E, M, N), jnp.dtype(out_dtype), x_RM, y_RN, groups_2E)],
-        slots=[(STEP, rows), (STEP, columns)],
+        out_type=[jax.ShapeDtypeStruct((E, M, N), jnp.dtype(out_dtype))],
+        slots=[(STEP, ROWS), (STEP, columns)],
         sums=[(64, columns)],
         tiles=lambda refs: jnp.int32(E * each),
         tile=tile, load=load, multiply=multiply, finish=finish, shared=[0],
-        stages=tiling["stages"], blocks=min(tiling["blocks"], E * each * cluster), cluster=cluster,
-        interpret=interpret,
+        stages=tiling["stages"], places=tiling["places"], cluster=cluster, interpret=interpret,
+        blocks=min(tiling["blocks"], E * each * cluster),
     )[0]  # fmt: skip
 
 
@@ -133,11 +131,9 @@ def _grouped(
     """The outputs [R, N] that `combine` makes of the products with each of the weights."""
     _check(multiple, x_RM, *weights)
     (R, M), N = x_RM.shape, weights[0].shape[1 if transposed else 2]
-    rows, columns = tiling["block_rows"], _columns(tiling["block_columns"], N)
+    columns = _columns(tiling["block_columns"], N)
     cluster = tiling["cluster"] if N // columns % 2 == 0 else 1
     across = N // columns // cluster
-    high = rows == 128  # then multipliers share its rows, else its columns
-    width = columns if high else columns // 2
     num_weights = len(weights)
 
     def split(refs):
@@ -151,52 +147,42 @@ def _grouped(
         this, column = first + jax.lax.rem(number, height), jax.lax.div(number, height)
         expert, row, left = table[this, 2], table[this, 3], table[this, 4]
         where = expert, pl.multiple_of(row, 64), (column * cluster + member) * columns
-        active = (lambda multiplier: multiplier * 64 < left) if high else None
-        return hopper.Tile(jnp.int32(M // STEP), where, active)
+        return hopper.Tile(jnp.int32(M // STEP), where, lambda multiplier: multiplier * 64 < left)
 
     def load(refs, where, k):
         (x, weights, *_), (expert, row, column) = split(refs), where
         inner, outer = pl.ds(k * STEP, STEP), pl.ds(column, columns)
         part = (expert, outer, inner) if transposed else (expert, inner, outer)
-        return x.at[pl.ds(row, rows), inner], *(w.at[part] for w in weights)
+        return x.at[pl.ds(row, ROWS), inner], *(w.at[part] for w in weights)
 
     def multiply(_, multiplier, slots, sums):
         x, *weights = slots
-        if high:
-            x = x.at[pl.ds(multiplier * 64, 64)]
         for w, total in zip(weights, sums, strict=True):
-            if not high:
-                half = pl.ds(multiplier * width, width)
-                w = w.at[half] if transposed else w.at[:, half]
-            hopper.wgmma(total, x, w.transpose((1, 0)) if transposed else w)
+            w = w.transpose((1, 0)) if transposed else w
+            hopper.wgmma(total, x.at[pl.ds(multiplier * 64, 64)], w)
 
     def finish(refs, where, multiplier, values, staging):
         _, row, column = where
-        part = (
-            (pl.ds(row + multiplier * 64, 64), pl.ds(column, width))
-            if high
-            else (pl.ds(row, 64), pl.ds(column + multiplier * width, width))
-        )
+        part = pl.ds(row + multiplier * 64, 64), pl.ds(column, columns)
         outputs = split(refs)[3]
         pairs = [(y, out.at[part]) for y, out in zip(combine(*values), outputs, strict=True)]
         hopper.put(staging, multiplier, pairs)
 
-    table = _row_tiles(counts_E, multiple, R, rows, tiling["band"])
-    like = functools.partial(versions.shape_like, (R, N))
+    table = _row_tiles(counts_E, multiple, R, tiling["band"])
     return hopper.persistent(
         x_RM, *weights, table,
         name=name,
-        out_type=[like(jnp.dtype(dtype), x_RM, *weights, table) for dtype in dtypes],
-        slots=[(rows, STEP)] + num_weights * [(columns, STEP) if transposed else (STEP, columns)],
-        sums=num_weights * [(64, width)],
+        out_type=[jax.ShapeDtypeStruct((R, N), jnp.dtype(dtype)) for dtype in dtypes],
+        slots=[(ROWS, STEP)] + num_weights * [(columns, STEP) if transposed else (STEP, columns)],
+        sums=num_weights * [(64, columns)],
         tiles=lambda refs: split(refs)[2][0, 0] * across,
         tile=tile, load=load, multiply=multiply, finish=finish, shared=[0],
-        stages=tiling["stages"], cluster=cluster, interpret=interpret,
+        stages=tiling["stages"], places=tiling["places"], cluster=cluster, interpret=interpret,
         blocks=min(tiling["blocks"], (len(table) - 1) * across * cluster),
     )  # fmt: skip
 
 
-def _row_tiles(counts_E, multiple, num_rows, rows, band):
+def _row_tiles(counts_E, multiple, num_rows, band):
     """int32 [1 + most tiles, 5]: how many row tiles there are; then for each: its band's first one
     and how many those are, its expert, first row, and rows from there to the group's end.
 
@@ -204,16 +190,16 @@ def _row_tiles(counts_E, multiple, num_rows, rows, band):
     the band, whichever, and what a row of the table says of its band is enough to find the rest.
     """
     starts_E, extents_E = routing.group_starts(counts_E, multiple), _extents(counts_E, multiple)
-    tiles_E = -(-extents_E // rows)
+    tiles_E = -(-extents_E // ROWS)
     ends_E = jnp.cumsum(tiles_E)
-    T = jnp.arange(num_rows // rows + counts_E.size, dtype=jnp.int32)
+    T = jnp.arange(num_rows // ROWS + counts_E.size, dtype=jnp.int32)
     expert_T = jnp.sum(ends_E <= T[:, None], axis=1, dtype=jnp.int32)
     of = lambda x_E: x_E.at[expert_T].get(mode="fill", fill_value=0)  # noqa: E731
     inner_T = T - of(ends_E - tiles_E)
     first_T = T - inner_T % band
     height_T = jnp.minimum(band, of(ends_E) - first_T)
-    columns = 1 + first_T, height_T, expert_T, of(starts_E) + inner_T * rows
-    table = jnp.stack([*columns, of(extents_E) - inner_T * rows], axis=1)
+    columns = 1 + first_T, height_T, expert_T, of(starts_E) + inner_T * ROWS
+    table = jnp.stack([*columns, of(extents_E) - inner_T * ROWS], axis=1)
     head = jnp.zeros((1, table.shape[1]), jnp.int32).at[0, 0].set(ends_E[-1])
     return jnp.concatenate([head, table.astype(jnp.int32)])
 
