@@ -13,6 +13,7 @@ import numpy as np
 from pallas_kernels import chips
 from pallas_kernels.case import GPUS, TPUS, Case, Schedule
 from pallas_kernels.moe_dispatch import moe_mlp, pallas, ragged, routing
+from pallas_kernels.tilings import TILINGS
 
 D, F, E, K = 6144, 9216, 32, 2
 WEIGHT = E * D * F * 2  # bytes of gate, of up or of down
@@ -27,8 +28,13 @@ def _multiple(chip, pairs):
 
 
 def _rows(chip, pairs):
-    """Rows that hold so many pairs, as `routing.group` makes them."""
+    """Rows that hold so many pairs, as `routing.group` makes them; on a GPU no more than the groups'.
+
+    There all of a result is then defined, and `bench` can compare tilings.
+    """
     multiple = _multiple(chip, pairs)
+    if chips.CHIPS[chip].platform == "gpu":
+        return int(routing.round_up(_counts(pairs), multiple).sum())
     return routing.round_up(pairs + E * (multiple - 1), multiple)
 
 
@@ -100,6 +106,19 @@ def _ragged(kernel, pairs, chip):
     return {"ragged_dot": function}
 
 
+def _candidates(kernel, chip):
+    """Tilings that `bench` tries: without clusters, other depths, bands and widths."""
+    if chips.CHIPS[chip].platform != "gpu":
+        return {}
+    name = f"moe_dispatch.{kernel.removesuffix('_transposed')}"
+    table = TILINGS[chip][name]
+    others = [dict(cluster=1), dict(stages=4, places=2), dict(stages=3, places=4)]
+    others += [dict(stages=3, places=2)] + [dict(band=b) for b in (4, 16) if "band" in table]
+    if kernel != "gmm_swiglu":  # whose two sums fill the registers at 128 columns
+        others += [dict(block_columns=128, stages=6, places=2)]
+    return {name: [table | other for other in others if table | other != table]}
+
+
 def _matmul_case(kernel, size, tokens, gate):
     pairs = tokens * K
     matrices = 2 if kernel == "gmm_swiglu" else 1
@@ -114,6 +133,7 @@ def _matmul_case(kernel, size, tokens, gate):
         schedule=lambda chip: dict([_schedule(kernel, pairs, chip)]),
         measured={"h200": 0.65 if kernel == "tgmm" else 0.75},
         sample=functools.partial(_sample, kernel, pairs),
+        candidates=functools.partial(_candidates, kernel),
         rivals=functools.partial(_ragged, kernel, pairs),
     )
 
