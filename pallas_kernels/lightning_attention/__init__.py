@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import choose
 from pallas_kernels.lightning_attention import pallas, reference, splits, xla
+from pallas_kernels.lightning_attention.prefill import prefill as prefill
 from pallas_kernels.manual_axes import same_axes
 
 IMPLEMENTATIONS = {

@@ -41,14 +41,14 @@ def lightning_attention(
 ):
     del block  # the kernels have their own
     target = chips.current()
-    tiling = _tiling(target, "forward")
+    own = tiling(target, "forward")
     B, T, H, _ = q.shape
     # One program per row and block of heads; a device with room for more takes spans of the rows.
-    spans = num_splits or min(round(tiling.get("programs", 0) / (B * H)), T // MIN_SPAN)
+    spans = num_splits or min(round(own.get("programs", 0) / (B * H)), T // MIN_SPAN)
     spans = max(1, min(spans, T))
     positions = splits.positions_of(segment_ids, axis_name)
     lengths = splits.part_lengths(lengths, T, axis_name)
-    padding = -T % (tiling["chunk"] * spans)
+    padding = -T % (own["chunk"] * spans)
     if padding:
         if lengths is None:
             lengths = jnp.full_like(slopes_H, T, jnp.int32, (B,))
@@ -63,16 +63,16 @@ def _pad(x, count):
     return jnp.pad(x, ((0, 0), (0, count)) + ((0, 0),) * (x.ndim - 2))
 
 
-def _tiling(target, kernel):
+def tiling(target, kernel):
     return tilings.TILINGS[target.chip.name][f"lightning_{kernel}"]
 
 
-def _kernels(target, kernel, function):
+def kernels(target, kernel, function):
     """A function of the platform's modules with the target's tiling."""
     module = target.chip.platform + ("_backward" if function == "backward" else "")
     module = importlib.import_module(f"{__package__}.{module}")
-    tiling = _tiling(target, kernel)
-    return functools.partial(getattr(module, function), tiling=tiling, interpret=target.interpret)
+    own = tiling(target, kernel)
+    return functools.partial(getattr(module, function), tiling=own, interpret=target.interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
@@ -87,11 +87,11 @@ def _forward(q, k, v, slopes_H, initial, positions, lengths, target, spans, axis
     lengths = splits.row_lengths(lengths, spans, shape[1] // spans)
     q, k, v, positions = (splits.rows(x, spans) for x in (q, k, v, positions))
     if spans > 1 or axis_name is not None:
-        local = _kernels(target, "state", "final_state")(k, v, slopes_H, None, positions, lengths)
+        local = kernels(target, "state", "final_state")(k, v, slopes_H, None, positions, lengths)
         f = splits.decays(slopes_H, positions, lengths, q.shape[:2])[2]
         initial = splits.chain(f, local, initial, spans, axis_name)
     taken = q, k, v, slopes_H, initial, positions, lengths
-    o, final = _kernels(target, "forward", "forward")(*taken)
+    o, final = kernels(target, "forward", "forward")(*taken)
     return (o.reshape(shape), final.reshape(shape[0], spans, *final.shape[1:])[:, -1]), taken
 
 
@@ -114,7 +114,7 @@ def _pull(target, spans, axis_name, saved, cotangents):
         seen = splits.weighted(entry, q, d_o)
         d_final = splits.chain(f, seen, d_final, spans, axis_name, reverse=True)
     taken = q, k, v, slopes_H, entering, positions, lengths, d_o, d_final
-    *gradients, d_entering = _kernels(target, "backward", "backward")(*taken)
+    *gradients, d_entering = kernels(target, "backward", "backward")(*taken)
     shape = (-1, spans * q.shape[1], *q.shape[2:])
     gradients = [x.reshape(shape) for x in gradients]
     d_initial = None

@@ -10,6 +10,7 @@ W, e and l of a whole chunk are tables in VMEM, made once per block of heads, in
 
 import functools
 import math
+import operator
 import types
 from typing import NamedTuple
 
@@ -27,10 +28,10 @@ F32 = jnp.float32
 def forward(q, k, v, slopes_H, initial, positions_BT, lengths_B, *, tiling, interpret, rows=None):
     """o `[B, T, H, V]` in q's dtype and the final state, float32 `[B, H, K, V]`.
 
-    T is a multiple of tiling["chunk"]; `pallas.py` says what positions are. With `rows`, int32
-    `[T / chunk]` and ascending, B is 1 and a chunk belongs to the sequence that it names: each
-    starts from its own one of the initial states `[R, H, K, V]`, and the final states are those of
-    all R sequences, undefined for one that has no chunk.
+    T is a multiple of tiling["chunk"]; `pallas.py` says what positions are. With `rows`, B is 1 and
+    positions and lengths None: two int32 `[T / chunk]`, the sequence of each chunk, ascending, and
+    how many of its tokens are real. Each sequence starts from its own one of the initial states
+    `[R, H, K, V]`, and the final states are those of all R, undefined for one that has no chunk.
     """
     return sweep(
         functools.partial(attend, ahead=tiling["ahead"]),
@@ -62,27 +63,29 @@ def final_state(k, v, slopes_H, initial, positions_BT, lengths_B, *, tiling, int
     return state
 
 
-def attend(r, decay, heads, ahead):
+def attend(r, decay, work, ahead):
     weights = {}
-    for h in range(-ahead, heads):
+    for now in range(-ahead, len(work)):
         # An MXU runs its products in the order of the program: what a product waits for must have
         # been asked for some heads earlier.
-        if h + ahead < heads:
-            q, k = columns(h + ahead, r.q, r.k)
-            weights[h + ahead] = (dot(q, k, 1, 1) * decay.within(h + ahead)).astype(q.dtype)
-        if h >= 0:
-            q, k, v = columns(h, r.q, r.k, r.v)
+        if now + ahead < len(work):
+            rows, h = work[now + ahead]
+            q, k = columns(rows, h, r.q, r.k)
+            weights[now + ahead] = (dot(q, k, 1, 1) * decay.within(h)).astype(q.dtype)
+        if now >= 0:
+            rows, h = work[now]
+            q, k, v = columns(rows, h, r.q, r.k, r.v)
             state = r.state[0, h].astype(q.dtype)
-            seen = jnp.concatenate([weights.pop(h), (q * decay.entry(h)).astype(q.dtype)], axis=1)
+            seen = jnp.concatenate([weights.pop(now), (q * decay.entry(h)).astype(q.dtype)], axis=1)
             o = dot(seen, jnp.concatenate([v, state], axis=0), 1, 0)
-            r.o[0, :, lanes(h)] = o.astype(r.o.dtype)
+            r.o[0, rows, lanes(h)] = o.astype(r.o.dtype)
             added = dot((k * decay.leave(h)).astype(k.dtype), v, 0, 0)
             r.state[0, h] = decay.carry(h) * r.state[0, h] + added
 
 
-def _final_state(r, decay, heads):
-    for h in range(heads):
-        k, v = columns(h, r.k, r.v)
+def _final_state(r, decay, work):
+    for rows, h in work:
+        k, v = columns(rows, h, r.k, r.v)
         added = dot((k * decay.leave(h)).astype(k.dtype), v, 0, 0)
         r.state[0, h] = decay.carry(h) * r.state[0, h] + added
 
@@ -91,9 +94,9 @@ def lanes(h):
     return slice(h * LANES, (h + 1) * LANES)
 
 
-def columns(h, *refs):
-    """Head h of blocks `[1, C, heads * 128]`."""
-    return [ref[0, :, lanes(h)] for ref in refs]
+def columns(rows, h, *refs):
+    """A chunk of head h of blocks `[1, tokens, heads * 128]`."""
+    return [ref[0, rows, lanes(h)] for ref in refs]
 
 
 def dot(a, b, a_axis, b_axis):
@@ -129,36 +132,38 @@ def sweep(
     rows=None,
     reverse=False,
 ):
-    """body(refs, decay, heads) at every chunk, in time or backwards; -> (*outputs, carried states).
+    """body(refs, decay, work) at every step, in time or backwards; -> (*outputs, carried states).
 
     tokens: name -> `[B, T, H, 128]`; outputs: names of more such arrays. The refs have these names,
-    a block `[1, C, heads * 128]` each, and `state`, `[1, heads, 128, 128]` float32, which starts as
-    `initial` (None: zero) and stays in VMEM while the chunks of a sequence pass. tables: which
-    decays the body asks for. flops: of the body per element of a token and head.
+    a block `[1, tokens, heads * 128]` each, and `state`, `[1, heads, 128, 128]` float32, which starts
+    as `initial` (None: zero) and stays in VMEM while a sequence passes. work: the (rows of a chunk,
+    head) of the step in the order of time. tables: which decays the body asks for. flops: of the
+    body per element of a token and head.
 
-    A chunk with padding or a boundary inside runs the body a second time in the program, with
-    decays that are masked; the others pay nothing for it. A chunk of padding alone is skipped.
+    The program has the body a second time, with masked decays, for steps with padding or a boundary
+    inside; the others pay nothing for it. A step of padding alone is skipped.
     """
     x = next(iter(tokens.values()))
     B, T, H, _ = x.shape
     C = tiling["chunk"]
-    heads = _heads(B, H, tiling)
     count = T // C
-    masked = positions_BT is not None or lengths_B is not None
+    heads, unrolled = _shape(B, H, 1 if rows is not None else count, tiling)
+    steps, size = count // unrolled, unrolled * C
+    masked = not (positions_BT is None and lengths_B is None and rows is None)
 
     def time(c):
-        return count - 1 - c if reverse else c
+        return steps - 1 - c if reverse else c
 
     def block(*shape, at):
         return pl.BlockSpec(shape, lambda b, h, c, *scalars: at(b, h, time(c), scalars))
 
-    token_block = block(1, C, heads * LANES, at=lambda b, h, c, _: (b, c, h))
+    token_block = block(1, size, heads * LANES, at=lambda b, h, c, _: (b, c, h))
     state_shape = (B if rows is None else len(initial), H, LANES, LANES)
     state_block = block(
         *(1, heads, LANES, LANES),
         at=lambda b, h, c, scalars: (b if rows is None else scalars[0][c], h, 0, 0),
     )
-    scalars = {} if rows is None else {"rows": rows}
+    scalars = {} if rows is None else {"rows": rows[0]}
     inputs = {"slopes": (slopes_H, pl.BlockSpec(memory_space=pltpu.SMEM))}
     for key, value in tokens.items():
         inputs[key] = (value.reshape(B, T, -1), token_block)
@@ -166,9 +171,10 @@ def sweep(
         inputs["initial"] = (initial, state_block)
     if masked:
         counts, begins = breaks(positions_BT, lengths_B, B, T, C)
+        counts = counts if rows is None else rows[1]
         scalars |= {"counts": counts.reshape(-1), "begins": begins.reshape(-1)}
     if positions_BT is not None and tables != ("leave",):
-        position_block = block(1, 1, 1, C, at=lambda b, h, c, _: (b, c, 0, 0))
+        position_block = block(1, unrolled, 1, C, at=lambda b, h, c, _: (b, c, 0, 0))
         inputs["positions"] = (positions_BT.reshape(B, count, 1, C), position_block)
 
     out = {
@@ -198,17 +204,24 @@ def sweep(
             lambda h: r.leave_table[h],
             lambda h: jnp.exp(jnp.full((1, 1), -C * slopes[h], F32)),
         )
+        order = range(unrolled - 1, -1, -1) if reverse else range(unrolled)
+        work = [(slice(m * C, (m + 1) * C), h) for m in order for h in range(heads)]
         if not masked:
-            body(r, plain, heads)
+            body(r, plain, work)
             return
-        n, begin = r.counts[b * count + c], r.begins[b * count + c]
-        whole = (n == C) & (begin < 0)
-        pl.when(whole)(lambda: body(r, plain, heads))
-        pl.when(~whole & (n > 0))(
-            lambda: body(r, _masked(r, plain, slopes, n, begin, C, reverse), heads)
-        )
+        chunk = b * count + c * unrolled
+        ns, begins = ([ref[chunk + m] for m in range(unrolled)] for ref in (r.counts, r.begins))
+        whole = functools.reduce(operator.and_, [n == C for n in ns])
+        whole = functools.reduce(operator.and_, [begin < 0 for begin in begins], whole)
+        pl.when(whole)(lambda: body(r, plain, work))
 
-        @pl.when(n == 0)
+        @pl.when(~whole & (ns[0] > 0))
+        def _():
+            for m in order:
+                decay = _masked(r, m, plain, slopes, ns[m], begins[m], C, reverse)
+                body(r, decay, [(slice(m * C, (m + 1) * C), h) for h in range(heads)])
+
+        @pl.when(ns[0] == 0)
         def _():
             for key in outputs:
                 getattr(r, key)[...] = jnp.zeros_like(getattr(r, key))
@@ -224,7 +237,7 @@ def sweep(
         name=name,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(B, H // heads, count),
+            grid=(B, H // heads, steps),
             in_specs=[spec for _, spec in inputs.values()],
             out_specs=[spec for _, spec in out.values()],
             scratch_shapes=[pltpu.VMEM(shape, F32) for shape in scratch.values()],
@@ -248,7 +261,7 @@ def sweep(
 def breaks(positions_BT, lengths_B, B, T, C):
     """How many tokens of every chunk are real, and where in it its last segment begins, else -1.
 
-    int32 `[B, T / C]` both; positions and lengths may be None, not both.
+    int32 `[B, T / C]` both; positions and lengths may be None.
     """
     count = T // C
     counts = jnp.full((B, count), C, jnp.int32)
@@ -274,8 +287,8 @@ def _write_tables(r, slopes, C, reverse):
         r.leave_table[h] = jnp.exp(-s * (C - 1 - row))
 
 
-def _masked(r, plain, slopes, n, begin, C, reverse):
-    """The decays of a chunk of which n tokens are real and whose last segment begins at `begin`."""
+def _masked(r, m, plain, slopes, n, begin, C, reverse):
+    """The decays of a step's chunk m, of which n tokens are real and whose last segment begins at `begin`."""
     row = jax.lax.broadcasted_iota(jnp.int32, (C, LANES), 0)
     kept = (row >= begin) & (row < n)
     lag = jnp.maximum(n - 1 - row, 0).astype(F32)
@@ -286,7 +299,7 @@ def _masked(r, plain, slopes, n, begin, C, reverse):
     )
     seen, reached = i < n, row < n
     if hasattr(r, "positions"):
-        position = r.positions[0, 0]
+        position = r.positions[0, m]
         along_lanes = jnp.broadcast_to(position, (C, C))
         seen &= j >= i - (along_lanes if reverse else along_lanes.T)
         reached &= jnp.broadcast_to(position, (LANES, C)).T > row
@@ -298,8 +311,9 @@ def _masked(r, plain, slopes, n, begin, C, reverse):
     )
 
 
-def _heads(B, H, tiling):
-    """Heads per step: the most that the tiling allows, rather fewer if a core had none otherwise."""
+def _shape(B, H, count, tiling):
+    """Heads and chunks per step: up to tiling["heads"] of both together, a share for every core."""
     fitting = [n for n in range(1, min(H, tiling["heads"]) + 1) if H % n == 0]
     shared = [n for n in fitting if B * H // n % tiling["cores"] == 0]
-    return max(shared or fitting)
+    heads = max(shared or fitting)
+    return heads, max(n for n in range(1, tiling["heads"] // heads + 1) if count % n == 0)

@@ -50,24 +50,26 @@ def backward(
     return dq, dk, dv, d_initial
 
 
-def _pull(r, decay, heads, ahead):
+def _pull(r, decay, work, ahead):
     weights = {}
-    for h in range(-ahead, heads):
-        if h + ahead < heads:
-            q, k, v, d_o = columns(h + ahead, r.q, r.k, r.v, r.d_o)
-            within = decay.within(h + ahead)
-            weights[h + ahead] = [
+    for now in range(-ahead, len(work)):
+        if now + ahead < len(work):
+            rows, h = work[now + ahead]
+            q, k, v, d_o = columns(rows, h, r.q, r.k, r.v, r.d_o)
+            within = decay.within(h)
+            weights[now + ahead] = [
                 (dot(x, y, 1, 1) * within).astype(q.dtype) for x, y in ((k, q), (v, d_o))
             ]
-        if h >= 0:
-            q, k, v, d_o = columns(h, r.q, r.k, r.v, r.d_o)
+        if now >= 0:
+            rows, h = work[now]
+            q, k, v, d_o = columns(rows, h, r.q, r.k, r.v, r.d_o)
             state, leave = r.state[0, h].astype(q.dtype), decay.leave(h)
-            of_dv, of_dk = weights.pop(h)
+            of_dv, of_dk = weights.pop(now)
             of_dv = jnp.concatenate([of_dv, (k * leave).astype(k.dtype)], axis=1)
             of_dk = jnp.concatenate([of_dk, (v * leave).astype(v.dtype)], axis=1)
             dv = dot(of_dv, jnp.concatenate([d_o, state], axis=0), 1, 0)
             dk = dot(of_dk, jnp.concatenate([q, state.T], axis=0), 1, 0)
-            r.dv[0, :, lanes(h)] = dv.astype(r.dv.dtype)
-            r.dk[0, :, lanes(h)] = dk.astype(r.dk.dtype)
+            r.dv[0, rows, lanes(h)] = dv.astype(r.dv.dtype)
+            r.dk[0, rows, lanes(h)] = dk.astype(r.dk.dtype)
             added = dot((q * decay.entry(h)).astype(q.dtype), d_o, 0, 0)
             r.state[0, h] = decay.carry(h) * r.state[0, h] + added

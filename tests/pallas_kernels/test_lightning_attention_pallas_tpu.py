@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import chips, tilings
+from pallas_kernels import chips, dispatch, tilings
 from pallas_kernels import lightning_attention as op
 
 CHUNK = 16
@@ -173,3 +173,130 @@ def test_parts_of_the_sequence_on_several_devices(implementation, check_vma):
         got = (o, finals[-1]), (*grads[:3], d_initial[0])
         want = recurrence((q, k, v, initial), (d_o, d_final), segments=segments, lengths=lengths)
         close(got, want)
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+def test_packed_sequences_continue_their_own_states(implementation):
+    """Lengths of whole chunks, of none, of one token; a gap at the end."""
+    lengths, T = np.int32([0, 130, 1, 0, 256, 16, 0]), 6 * 128 + 128
+    (q, k, v, _), _ = example(1, T, seed=3)
+    states = np.float32(np.random.default_rng(4).normal(size=(len(lengths), 3, 128, 128)))
+    f = jax.jit(functools.partial(op.prefill, implementation=implementation))
+    o, got = f(q[0], k[0], v[0], jnp.asarray(SLOPES), states, lengths)
+    start, gaps = 0, np.ones(T, bool)
+    for r, n in enumerate(lengths):
+        part = slice(start, start + n)
+        inputs = (*(x[:, part] for x in (q, k, v)), states[r : r + 1])
+        (want_o, want), _ = recurrence(inputs, (np.zeros_like(q[:, part]), None))
+        np.testing.assert_allclose(got[r], want[0], atol=3e-6 * np.abs(want).max())
+        if n:
+            np.testing.assert_allclose(o[part], want_o[0], atol=3e-6 * np.abs(want_o).max())
+        gaps[part] = False
+        start += -(-n // 128) * 128
+    assert not np.asarray(o)[gaps].any()
+    with pytest.raises(ValueError, match="multiple of 128"):
+        op.prefill(q[0, 1:], k[0, 1:], v[0, 1:], jnp.asarray(SLOPES), states, lengths)
+
+
+def test_bfloat16_inputs_with_float32_state():
+    """At the kernels' own chunk of 128, several to a step; rounding results alone is up to 3.9e-3."""
+    tiling = dict(chunk=128, heads=6, ahead=3, cores=1)
+    for kernel in ("forward", "state", "backward"):
+        tilings.TILINGS["v5p"][f"lightning_{kernel}"] = tiling
+    segments = np.int32([np.arange(512) >= 400])
+    compare(example(1, 512, dtype=jnp.bfloat16), segments, rtol=6e-3)
+
+
+def test_scan_over_layers_with_remat_and_traced_slopes_and_vmap():
+    q = example(2, 20, H=1)[0][0] / 4
+    slopes = jnp.asarray(SLOPES)[:, None]
+
+    def loss(q, implementation):
+        def layer(x, slopes):
+            def mix(x):
+                o, final = op.lightning_attention(
+                    *(x, jnp.sin(x), x, slopes), implementation=implementation
+                )
+                return jnp.tanh(o), jnp.tanh(final)
+
+            return jax.checkpoint(mix)(x)
+
+        x, finals = jax.lax.scan(layer, q, slopes)
+        return (x**2).sum() + (finals**2).sum()
+
+    want = jax.jit(jax.grad(loss), static_argnums=1)(q, "reference")
+    got = jax.jit(jax.grad(loss), static_argnums=1)(q, "pallas")
+    tolerance = 5e-5 * np.abs(want).max()
+    np.testing.assert_allclose(got, want, atol=tolerance)
+    rows = jax.jit(jax.vmap(lambda q: jax.grad(loss)(q, "pallas")))(q[:, None])[:, 0]
+    np.testing.assert_allclose(rows, want, atol=tolerance)
+
+
+def test_vmap_of_segments_and_lengths():
+    """Prefetched scalars and the initial state have an axis of their own too."""
+    inputs, _ = example(2, 20, H=1)
+    segments = np.int32([np.arange(20) >= 7, np.arange(20) >= 18])
+    lengths = np.int32([20, 11])
+    f = functools.partial(attend, slopes=SLOPES[1:2])
+
+    def row(inputs, segments, lengths):
+        inputs = [x[None] for x in inputs]
+        return f(*inputs, segment_ids=segments[None], lengths=lengths[None])
+
+    got = jax.jit(jax.vmap(row))(inputs, segments, lengths)
+    want = f(*inputs, segment_ids=segments, lengths=lengths)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x[:, 0], y, atol=1e-5)
+
+
+def test_rows_on_several_devices_and_a_donated_state():
+    inputs, _ = example(4, 20, H=1)
+    slopes = SLOPES[1:2]
+    segments = np.int32(np.arange(20) >= np.array([[3], [16], [19], [1]]))
+    (want_o, want), _ = recurrence(inputs, (np.zeros_like(inputs[0]), None), slopes, segments)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    f = jax.shard_map(
+        lambda *x: attend(*x[:4], slopes=slopes, segment_ids=x[4]),
+        mesh=mesh,
+        in_specs=jax.P("data"),
+        out_specs=jax.P("data"),
+        check_vma=False,
+    )
+    state = jnp.array(inputs[3])
+    o, final = jax.jit(f, donate_argnums=3)(*inputs[:3], state, segments)
+    np.testing.assert_allclose(o, want_o, atol=3e-6 * np.abs(want_o).max())
+    np.testing.assert_allclose(final, want, atol=3e-6 * np.abs(want).max())
+
+
+def test_what_the_kernels_refuse():
+    (q, k, v, _), _ = example(1, 4)
+    with pytest.raises(ValueError, match="head dimension 128 alone, not keys of 64"):
+        attend(q[..., :64], k[..., :64], v, None)
+    with chips.target("h200"):
+        with pytest.raises(ValueError, match="bfloat16 alone"):
+            op.lightning_attention(q, k, v, jnp.asarray(SLOPES), implementation="pallas")
+        with pytest.raises(ValueError, match="on TPU alone"):
+            args = jnp.zeros((1, 3, 128, 128)), jnp.zeros(1, jnp.int32)
+            x = jnp.zeros((128, 3, 128), jnp.bfloat16)
+            op.prefill(x, x, x, jnp.asarray(SLOPES), *args, implementation="pallas")
+
+
+def test_without_an_accelerator_pallas_is_refused_and_none_is_xla():
+    token = chips._target.set(None)
+    try:
+        (q, k, v, _), _ = example(1, 4)
+        with pytest.raises(ValueError, match="no TPU or GPU that the Pallas kernels know"):
+            attend(q, k, v, None)
+        op.lightning_attention(q, k, v, jnp.asarray(SLOPES))
+    finally:
+        chips._target.reset(token)
+
+
+def test_none_is_pallas_where_it_serves_and_says_once_where_not(caplog):
+    dispatch._say.cache_clear()
+    (q, k, v, _), _ = example(1, 4)
+    want = attend(q, k, v, None)[0]
+    np.testing.assert_array_equal(op.lightning_attention(q, k, v, jnp.asarray(SLOPES))[0], want)
+    for _ in range(2):
+        op.lightning_attention(*(x[..., :64] for x in (q, k, v)), jnp.asarray(SLOPES))
+    assert len(caplog.records) == 1 and "head dimension 128 alone" in caplog.text
