@@ -14,8 +14,9 @@ TILINGS: dict[str, dict[str, dict[str, int]]] = {
         "lightning_state": dict(chunk=128, heads=16, cores=2),
         "lightning_backward": dict(chunk=128, heads=16, ahead=3, cores=2),
         "token_logprobs_forward": dict(rows=1024, columns=512),
-        "token_logprobs_d_hidden": dict(rows=512, columns=384),
-        "token_logprobs_d_head": dict(rows=256, columns=384),
+        "token_logprobs_backward": dict(
+            rows=256, columns=384, hidden_rows=512, part_bytes=1 << 30
+        ),
     },
     "v6e": {
         "flash_attention": dict(queries=1024, keys=2048, part=512, dq_bytes=4 << 30),
@@ -26,8 +27,9 @@ TILINGS: dict[str, dict[str, dict[str, int]]] = {
         "lightning_state": dict(chunk=128, heads=16, cores=1),
         "lightning_backward": dict(chunk=128, heads=16, ahead=3, cores=1),
         "token_logprobs_forward": dict(rows=1024, columns=1024),
-        "token_logprobs_d_hidden": dict(rows=1024, columns=512),
-        "token_logprobs_d_head": dict(rows=512, columns=512),
+        "token_logprobs_backward": dict(
+            rows=256, columns=768, hidden_rows=1024, part_bytes=1 << 30
+        ),
     },
     "tpu7x": {
         "flash_attention": dict(queries=1024, keys=2048, part=512, dq_bytes=4 << 30),
@@ -38,10 +40,14 @@ TILINGS: dict[str, dict[str, dict[str, int]]] = {
         "lightning_state": dict(chunk=128, heads=16, cores=1),
         "lightning_backward": dict(chunk=128, heads=16, ahead=3, cores=1),
         "token_logprobs_forward": dict(rows=1024, columns=512),
-        "token_logprobs_d_hidden": dict(rows=512, columns=384),
-        "token_logprobs_d_head": dict(rows=256, columns=384),
+        "token_logprobs_backward": dict(
+            rows=256, columns=384, hidden_rows=512, part_bytes=1 << 30
+        ),
     },
     "h200": {
+        "lightning_forward": dict(chunk=64, stages=3, programs=66),
+        "lightning_state": dict(chunk=64, stages=5),
+        "lightning_backward": dict(chunk=64, stages=3),
         "moe_dispatch.gmm": dict(
             block_columns=256, stages=4, places=2, band=8, blocks=132, cluster=2
         ),

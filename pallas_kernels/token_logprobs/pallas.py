@@ -31,9 +31,11 @@ def refusal(target: chips.Target, hidden_ND, head_DV) -> str | None:
     if D % 128:
         return f"the hidden size {D} is no multiple of 128"
     if target.chip.platform == "tpu":
-        for name in tpu.VMEM:
-            if not _tiling(target.chip, name, 128, 128, D, hidden_ND.dtype.itemsize):
-                return f"tiles of hidden size {D} do not fit the VMEM of a {target.chip.name}"
+        if not all(
+            _tiling(target.chip, name, 128, 128, D, hidden_ND.dtype.itemsize)
+            for name in ("forward", "backward")
+        ):
+            return f"tiles of hidden size {D} do not fit the VMEM of a {target.chip.name}"
     return None
 
 
@@ -64,9 +66,9 @@ def _tpu_forward(target, hidden_ND, head_DV, labels_N, temperature):
 
 
 def _tpu_backward(target, hidden_ND, head_DV, labels_N, rows, temperature):
-    call = functools.partial(_tpu, target, temperature=temperature)
-    operands = dict(hidden_ND=hidden_ND, head_DV=head_DV, labels_N=labels_N, rows=rows)
-    d_hidden_ND, d_head_DV = call("d_hidden", **operands), call("d_head", **operands)
+    d_hidden_ND, d_head_DV = _tpu(
+        target, "backward", temperature, hidden_ND, head_DV, labels_N, rows
+    )
     return d_hidden_ND[: len(labels_N)], d_head_DV[:, : head_DV.shape[1]]
 
 
@@ -74,11 +76,18 @@ def _tpu(target, name, temperature, hidden_ND, head_DV, labels_N, rows=()):
     (N, D), V = hidden_ND.shape, head_DV.shape[1]
     tiling = _tiling(target.chip, name, N, V, D, head_DV.dtype.itemsize)
     return getattr(tpu, name)(
-        *_padded(hidden_ND, head_DV, labels_N, tiling["rows"], 128, rows),
+        *_padded(
+            hidden_ND,
+            head_DV,
+            labels_N,
+            max(tiling["rows"], tiling.get("hidden_rows", 1)),
+            128,
+            rows,
+        ),
         scale=1 / temperature,
-        columns=V,
+        **({"columns": V} if name == "forward" else {}),
         tiling=tiling,
-        vmem=target.chip.vmem * 15 // 16,
+        vmem=_vmem(target.chip),
         interpret=target.interpret,
     )
 
@@ -88,17 +97,31 @@ def _tiling(chip, name, N, V, D, itemsize):
 
     None where not even the smallest tiles fit.
     """
-    tiling = TILINGS[chip.name][f"token_logprobs_{name}"]
-    rows, columns = tiling["rows"], min(tiling["columns"], _round_up(V, 128))
-    while tpu.VMEM[name](rows, columns, D, itemsize) > 0.75 * chip.vmem:
-        if max(rows, columns) == 128:
+    tiling = dict(TILINGS[chip.name][f"token_logprobs_{name}"])
+    tiling["columns"] = min(tiling["columns"], _round_up(V, 128))
+    sizes = [x for x in ("rows", "columns", "hidden_rows") if x in tiling]
+    while tpu.vmem_bytes(name, D, itemsize, **tiling) > 0.72 * _vmem(chip):
+        largest = max(sizes, key=tiling.get)
+        if tiling[largest] == 128:
             return None
-        if rows >= columns:
-            rows = _round_up(rows // 2, 128)
-        else:
-            columns = _round_up(columns // 2, 128)
-    even = -(-N // -(-N // rows))  # as many tiles, of rows as equal as they can be
-    return dict(rows=_round_up(even, tpu.PART if even > tpu.PART else 128), columns=columns)
+        tiling[largest] = _round_up(tiling[largest] // 2, 128)
+    # As many tiles, of rows as equal as they can be; one kernel's a multiple of the other's.
+    rows = max(tiling[x] for x in sizes if x != "columns")
+    even = -(-N // -(-N // rows))
+    even = _round_up(even, tpu.PART if even > tpu.PART else 128)
+    for x in sizes:
+        if x != "columns":
+            tiling[x] = (
+                even
+                if tiling[x] == rows
+                else next(n for n in range(min(tiling[x], even), 0, -128) if even % n == 0)
+            )
+    return tiling
+
+
+def _vmem(chip):
+    """What a kernel asks for: a little less than there is."""
+    return chip.vmem * 15 // 16
 
 
 def _padded(hidden_ND, head_DV, labels_N, multiple, least, rows=()):

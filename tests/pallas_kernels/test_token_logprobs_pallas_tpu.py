@@ -12,15 +12,14 @@ from pallas_kernels import chips
 from pallas_kernels import token_logprobs as op
 from pallas_kernels.tilings import TILINGS
 
-KERNELS = ("forward", "d_hidden", "d_head")
-
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles of 256 rows, in one part, and 256 columns."""
-    for name in KERNELS:
-        tiles = dict(rows=256, columns=256)
-        monkeypatch.setitem(TILINGS["v5p"], f"token_logprobs_{name}", tiles)
+    """Tiles of 256 columns; backward, of 300 float32 rows, in parts of two of them."""
+    forward = dict(rows=256, columns=256)
+    backward = dict(rows=128, columns=256, hidden_rows=256, part_bytes=1 << 20)
+    monkeypatch.setitem(TILINGS["v5p"], "token_logprobs_forward", forward)
+    monkeypatch.setitem(TILINGS["v5p"], "token_logprobs_backward", backward)
 
 
 def example(N, V, dtype, D=128, seed=0):
@@ -65,6 +64,7 @@ def compare(got, hidden, head, labels, temperature, cotangents, limit):
     [
         (7, 640, jnp.float32, 2e-6),  # a last tile of half the columns
         (300, 600, jnp.float32, 2e-6),  # two tiles of rows, and columns that fill no lane tile
+        (300, 768, jnp.float32, 2e-6),  # three whole tiles: the last part has one fewer
         (1, 100, jnp.float32, 2e-6),  # lanes without a column
         (300, 640, jnp.bfloat16, 6e-3),
     ],
