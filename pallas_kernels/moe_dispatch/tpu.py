@@ -53,12 +53,15 @@ def tilings(chip: str, num_pairs: int, num_experts: int) -> dict[str, dict[str, 
 
     Rows of an item: a quarter more than the mean group has, up to the table's.
     """
-    rows = routing.round_up(5 * num_pairs // (4 * num_experts) + 1, 128)
+    rows = routing.round_up(max(5 * num_pairs // (4 * num_experts), 1), 128)
     machine = dict(cores=chips.CHIPS[chip].cores, vmem=chips.CHIPS[chip].vmem)
     found = {}
     for name in ("gmm", "gmm_swiglu", "tgmm"):
         table = TILINGS[chip][f"moe_dispatch.{name}"]
         found[name] = table | machine | dict(rows=min(table["rows"], rows))
+    # Where experts have several parts anyway, a part fills the depth of the matrix unit.
+    whole = rows <= found["tgmm"]["rows"]
+    found["tgmm"] |= dict(whole=True) if whole else dict(whole=False, rows=512)
     return found
 
 

@@ -1,13 +1,14 @@
 """The weights' gradient for TPUs: for each expert x^T y over its rows, `[E, M, N]`.
 
-The grid goes over experts, tiles of M, tiles of N and, innermost, parts of the expert's rows, of
-which there is mostly one: then x is read once, y once for each tile of M, and a tile of the result is
-one matmul that goes straight to the output; else parts add up in float32. x is transposed once for
-all tiles of N. An expert without rows writes zeros.
+The grid goes over experts, tiles of M, tiles of N and, innermost, parts of the expert's rows. With few
+rows per expert there is mostly one part: then x is read once, y once for each tile of M, x is
+transposed once for all tiles of N, and a tile of the result is one matmul that goes straight to the
+output, in one branch for each number of blocks of 128 rows. Several parts add up in float32. An
+expert without rows writes zeros.
 
-Rows are contracted in blocks of 128, of which those that hold rows of the expert are multiplied: one
-branch for each number of them. Where groups begin at smaller multiples than that, rows of others in
-the last block are zeroed.
+Where groups begin at smaller multiples than 128, rows of others in the last block are zeroed. What is
+contracted fills the depth of the matrix unit, 128 rows on v5p and 256 on v6e and tpu7x: a group's rows
+rounded up to that are the work, whatever the tiling.
 
 Shape suffixes as in `routing`; x `[R, M]`, y `[R, N]`.
 """
@@ -30,7 +31,8 @@ def tgmm(x_RM, y_RN, counts_E, *, multiple, out_dtype, tiling, interpret=False):
 
     Rows of a group's padding are summed too: they must be zeros in x and finite in y.
 
-    tiling: rows (a multiple of 128), rows_out and columns_out of a tile of the result, cores, vmem.
+    tiling: rows of a part (a multiple of 128), rows_out and columns_out of a tile of the result,
+      whole: whether experts mostly are one part; cores, vmem.
     """
     if len(x_RM) < BLOCK:
         x_RM, y_RN = (jnp.pad(x, ((0, BLOCK - len(x)), (0, 0))) for x in (x_RM, y_RN))
@@ -56,7 +58,7 @@ def tgmm(x_RM, y_RN, counts_E, *, multiple, out_dtype, tiling, interpret=False):
         return row, pl.multiple_of(n * out_N, 128)
 
     return pl.pallas_call(
-        functools.partial(_kernel, start=start, multiple=multiple),
+        functools.partial(_kernel, start=start, multiple=multiple, whole=tiling["whole"]),
         out_shape=versions.shape_like((E, M, N), out_dtype, x_RM, y_RN, counts_E),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -70,8 +72,8 @@ def tgmm(x_RM, y_RN, counts_E, *, multiple, out_dtype, tiling, interpret=False):
                 lambda core, e, m, n, part, *_: (e, core * tiles + m, n),
             ),
             scratch_shapes=[
-                pltpu.VMEM((out_M, rows), x_RM.dtype),
                 pltpu.VMEM((out_M, out_N), jnp.float32),
+                *([pltpu.VMEM((out_M, rows), x_RM.dtype)] if tiling["whole"] else []),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
@@ -101,8 +103,9 @@ def fit(R, M, N, width, out_width, tiling) -> tuple[int, int, int, int]:
     return rows, out_M, out_N, cores
 
 
-def _kernel(starts_E, extents_E, x, y, out, x_t, total, *, start, multiple):
-    """x [rows, M'], y [rows, N'], out and total [M', N'], x_t [M', rows]: x^T from its first row on."""
+def _kernel(starts_E, extents_E, x, y, out, total, *x_t, start, multiple, whole):
+    """x [rows, M'], y [rows, N'], out and total [M', N'], x_t [M', rows] if whole: the own rows' x^T."""
+    x_t = x_t[0] if whole else None
     e, n, part, parts = pl.program_id(1), pl.program_id(3), pl.program_id(4), pl.num_programs(4)
     rows = x.shape[0]
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -122,46 +125,48 @@ def _kernel(starts_E, extents_E, x, y, out, x_t, total, *, start, multiple):
         row = first + block * BLOCK + jax.lax.broadcasted_iota(jnp.int32, (len(values), 1), 0)
         return jnp.where((row >= here) & (row < here + left), values, jnp.zeros_like(values))
 
-    @pl.when((n == 0) | (parts > 1))
-    def _():
-        for block in range(rows // BLOCK):
-
-            @pl.when(block < blocks)
-            def _(block=block):
-                x_t[:, block * BLOCK : (block + 1) * BLOCK] = own(x[lines(block), :], block).T
-
-    def product(count, block=0):
-        """x^T y over `count` blocks from `block` on, whose x^T lies at the same place."""
-        lanes = pl.ds(pl.multiple_of(block * BLOCK, BLOCK), count * BLOCK)
-        return jnp.dot(
-            x_t[:, lanes], own(y[lines(block, count * BLOCK), :], block),
-            preferred_element_type=jnp.float32, precision=precision,
+    def dot(x, y_UN, contracted):
+        return jax.lax.dot_general(
+            x, y_UN, (((contracted,), (0,)), ((), ())), preferred_element_type=jnp.float32,
+            precision=precision,
         )  # fmt: skip
 
     @pl.when((part == 0) & (blocks == 0))
     def _():
         out[...] = jnp.zeros_like(out)
 
-    for count in range(1, rows // BLOCK + 1):
+    if whole:
 
-        @pl.when((parts == 1) & (blocks == count))
-        def _(count=count):
-            out[...] = product(count).astype(out.dtype)
+        @pl.when((n == 0) & (parts == 1))
+        def _():
+            for block in range(rows // BLOCK):
 
-    @pl.when((parts > 1) & (blocks > 0))
+                @pl.when(block < blocks)
+                def _(block=block):
+                    x_t[:, block * BLOCK : (block + 1) * BLOCK] = own(x[lines(block), :], block).T
+
+        for count in range(1, rows // BLOCK + 1):
+
+            @pl.when((parts == 1) & (blocks == count))
+            def _(count=count):
+                y_UN = own(y[lines(0, count * BLOCK), :], 0)
+                out[...] = dot(x_t[:, : count * BLOCK], y_UN, 1).astype(out.dtype)
+
+    @pl.when((parts > 1 if whole else True) & (blocks > 0))
     def _():
         @pl.when(part == 0)
         def _():
             total[...] = jnp.zeros_like(total)
 
-        @pl.when(blocks == rows // BLOCK)
+        @pl.when(left >= rows)
         def _():
-            total[...] += product(rows // BLOCK)
+            total[...] += dot(x[...], y[...], 0)
 
-        @pl.when(blocks < rows // BLOCK)
+        @pl.when(left < rows)
         def _():
             def body(block, _):
-                total[...] += product(1, block)
+                x_UM, y_UN = (own(z[lines(block), :], block) for z in (x, y))
+                total[...] += dot(x_UM, y_UN, 0)
                 return _
 
             jax.lax.fori_loop(0, blocks, body, None)
@@ -171,6 +176,6 @@ def _kernel(starts_E, extents_E, x, y, out, x_t, total, *, start, multiple):
             out[...] = total[...].astype(out.dtype)
 
 
-def divisor(width, most):
+def divisor(width: int, most: int) -> int:
     """The largest multiple of 128 up to `most` that divides width, itself a multiple of 128."""
     return max(c for c in range(128, max(most, 128) + 1, 128) if width % c == 0)

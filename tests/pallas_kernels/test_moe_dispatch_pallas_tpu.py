@@ -97,23 +97,24 @@ def test_swiglu_keeps_what_gate_and_up_gave():
     np.testing.assert_array_equal(alone[own], hidden[own])
 
 
-WGRAD_CASES = [  # counts, multiple, rows after the last group in multiples, rows of a part, dtype
-    ([20, 0, 140, 33, 1, 0], 16, 3, 256, jnp.bfloat16),
-    ([0, 300, 0, 7], 8, 0, 128, jnp.float32),  # in parts
-    ([130, 0, 256], 128, 0, 256, jnp.float32),
-    ([200, 500, 600], 128, 1, 256, jnp.bfloat16),  # in parts, the last one full or not
-    ([3], 16, 0, 128, jnp.bfloat16),  # fewer rows than are contracted at once
+WGRAD_CASES = [  # counts, multiple, rows after the last group in multiples, rows of a part, whole, dtype
+    ([20, 0, 140, 33, 1, 0], 16, 3, 256, True, jnp.bfloat16),
+    ([0, 300, 0, 7], 8, 0, 128, True, jnp.float32),  # in parts though not expected
+    ([130, 0, 256], 128, 0, 256, True, jnp.float32),
+    ([200, 500, 600], 128, 1, 256, False, jnp.bfloat16),  # in parts, the last one full or not
+    ([0, 250, 7], 16, 1, 128, False, jnp.bfloat16),
+    ([3], 16, 0, 128, True, jnp.bfloat16),  # fewer rows than are contracted at once
 ]
 
 
-@pytest.mark.parametrize("counts, multiple, spare, rows, dtype", WGRAD_CASES)
-def test_tgmm_sums_over_each_experts_rows(counts, multiple, spare, rows, dtype):
+@pytest.mark.parametrize("counts, multiple, spare, rows, whole, dtype", WGRAD_CASES)
+def test_tgmm_sums_over_each_experts_rows(counts, multiple, spare, rows, whole, dtype):
     rng = np.random.default_rng(2)
     held, own, starts, extents = lay_out(counts, multiple, spare)
     x, y = (rows_of(rng, held, own, width, dtype) for width in (N, M))
     got = tpu.tgmm(
         x, y, jnp.asarray(counts, jnp.int32), multiple=multiple, out_dtype=dtype,
-        tiling=TILING | dict(rows=rows, cores=2), interpret=True,
+        tiling=TILING | dict(rows=rows, cores=2, whole=whole), interpret=True,
     )  # fmt: skip
     assert got.shape == (len(counts), N, M) and got.dtype == dtype
     for e, (start, extent) in enumerate(zip(starts, extents, strict=True)):
