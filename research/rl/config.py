@@ -9,6 +9,7 @@ from research.lm.sampler import Sampling
 from research.rewards import RewardConfig
 from research.rl import advantages, kl
 from research.rl.algorithms import algorithm
+from research.rl.critic import CriticConfig
 from research.rl.losses import LossConfig
 from research.tasks import TaskConfig
 
@@ -131,6 +132,7 @@ class Config:
     estimator: advantages.Estimator = "grpo"
     loss: LossConfig = LossConfig()
     advantage: advantages.AdvantageConfig = advantages.AdvantageConfig()
+    critic: CriticConfig = CriticConfig()
     mask_truncated: bool = False
     updates: int = 1
     epochs: int = 1

@@ -15,8 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import PartitionSpec
 
 from research.core import mesh as meshes
 from research.core import optim, sharding
@@ -24,7 +22,7 @@ from research.core.loop import Trainer
 from research.core.metrics import Mean
 from research.core.state import TrainState
 from research.core.step import data_parallel
-from research.lm import checkpoints
+from research.lm import checkpoints, value_head
 from research.lm.decoder import Decoder
 from research.lm.logprobs import token_logprobs
 from research.lm.sampler import Sampler, Sampling
@@ -33,6 +31,7 @@ from research.lm.trainer import balancing
 from research.rewards import Rewarder
 from research.rl import advantages, kl
 from research.rl.config import Config, EvalConfig, RolloutConfig
+from research.rl.critic import value_loss
 from research.rl.losses import policy_loss, token_weights
 from research.rl.processes import gather, local, local_rows
 from research.rl.rollout import (
@@ -45,12 +44,11 @@ from research.rl.rollout import (
     rows_needed,
     select,
 )
+from research.rl.scoring import SCORED, scorer
 from research.tasks import Problem, Task
 from research.tasks import make as make_task
 
 __all__ = ["Config", "EvalConfig", "RolloutConfig", "build"]
-
-SCORED = ("tokens", "segment_ids", "positions", "num_micro")  # what scoring reads of a minibatch
 
 
 def build(
@@ -90,8 +88,6 @@ class _Run:
         tokenizer: Tokenizer,
     ):
         config = config.resolved()
-        if advantages.rule_of(config.estimator).baseline == "value":
-            raise ValueError(f"estimator={config.estimator} needs a critic, which is not here yet")
         self.config, self.model, self.workdir = config, model, workdir
         self.tokenizer = tokenizer
         self.initial_params = jax.device_get(params)  # device memory is for what trains
@@ -157,9 +153,16 @@ class _Run:
         self.update = data_parallel(
             self._loss, self.optimizer, self.mesh, micro_rows=config.micro_rows
         )
-        self.score = _scorer(model, self.mesh, config.micro_rows, rollout.temperature)
+        self.score = scorer(self._logprobs, self.mesh, config.micro_rows)
         self.keeps_reference = config.loss.kl_coef != 0.0
-        self.scores_first = self.keeps_reference and config.loss.kl_in == "reward"
+        self.kl_in_reward = self.keeps_reference and config.loss.kl_in == "reward"
+        self.has_critic = advantages.rule_of(config.estimator).baseline == "value"
+        if self.has_critic:
+            self.critic_optimizer = optim.make(config.critic.optim, total_updates)
+            self.value = scorer(self._values, self.mesh, config.micro_rows)
+            self.critic_update = data_parallel(
+                self._value_loss, self.critic_optimizer, self.mesh, micro_rows=config.micro_rows
+            )
         self.keeps_old = config.updates * config.epochs > 1
         self.key = jax.random.key(config.seed)
         self._epoch, self._order = -1, np.zeros(0, np.int64)
@@ -179,15 +182,23 @@ class _Run:
         def fresh(tree):  # with buffers of their own: the step donates the state
             return jax.tree.map(lambda x: jax.device_put(np.array(x), everywhere), tree)
 
-        params = fresh(self.initial_params)
-        return TrainState(
-            step=fresh(np.int32(0)),
-            params=params,
-            opt_state=jax.jit(self.optimizer.init, out_shardings=everywhere)(params),
-            key=fresh(jax.random.key_data(self.key)),
-            extra=fresh(self._first_extra())
-            | ({"ref_params": fresh(self.initial_params)} if self.keeps_reference else {}),
-        )
+        def create(params, optimizer, **extra):
+            params = fresh(params)
+            return TrainState(
+                step=fresh(np.int32(0)),
+                params=params,
+                opt_state=jax.jit(optimizer.init, out_shardings=everywhere)(params),
+                key=fresh(jax.random.key_data(self.key)),
+                extra=extra,
+            )
+
+        extra = fresh(self._first_extra())
+        if self.keeps_reference:
+            extra["ref_params"] = fresh(self.initial_params)
+        if self.has_critic:
+            values = value_head.init(self.initial_params, self.model.config.hidden_size)
+            extra["critic"] = create(values, self.critic_optimizer)
+        return create(self.initial_params, self.optimizer, **extra)
 
     def _first_extra(self) -> dict[str, np.ndarray]:
         """What later rollouts need of earlier ones besides parameters; `collect` renews it."""
@@ -236,17 +247,23 @@ class _Run:
         everywhere = sharding.replicated(self.mesh)
         minibatches_ = [sharding.place_rows(b, self.mesh) for b in batch["minibatches"]]
         for minibatch in minibatches_:
-            inputs = {k: minibatch[k] for k in SCORED}
-            if self.keeps_reference and not self.scores_first:
-                minibatch["ref_logprobs"] = self.score(state.extra["ref_params"], inputs)
-            if self.keeps_old and not self.scores_first:
-                minibatch["old_logprobs"] = self.score(state.params, inputs)
+            if self.keeps_reference and not self.kl_in_reward:
+                minibatch["ref_logprobs"] = self.score(state.extra["ref_params"], minibatch)
+            if self.keeps_old and not self.kl_in_reward:
+                minibatch["old_logprobs"] = self.score(state.params, minibatch)
         every = config.reference_every if self.keeps_reference else 0
         total: dict[str, Any] = {}
         updates = batch["step"] * config.updates * config.epochs
         for minibatch in minibatches_:
-            state, metrics = self.update(state, minibatch)
-            total = _merge(total, metrics)
+            if self.has_critic:
+                critic, metrics = self.critic_update(state.extra["critic"], minibatch)
+                state = state.replace(extra=state.extra | {"critic": critic})
+                own = ("loss", "grad_norm", "lr")  # names that the policy has too
+                named = {f"value/{k}" if k in own else k: v for k, v in metrics.items()}
+                total = _merge(total, named)
+            if not self.has_critic or batch["step"] >= config.critic.pretrain:
+                state, metrics = self.update(state, minibatch)
+                total = _merge(total, metrics)
             updates += 1
             if every and updates % every == 0:
                 ref_params = jax.tree.map(jnp.copy, state.params)
@@ -365,17 +382,21 @@ class _Run:
         lengths[~np.isfinite(rewards if greedy is None else rewards + greedy)] = 0
         width = int(episodes.completions.lengths.max())
         mask = np.arange(width) < lengths[:, None]
-        per_token, penalty, metrics = {}, None, {}
-        if self.scores_first:
-            old, ref = self._scored(state, episodes, orders[: config.updates], width)
+        scores = self._scored(state, episodes, orders[: config.updates], width)
+        values, penalty, metrics = scores.get("old_values"), None, {}
+        per_token = {name: x for name, x in scores.items() if name != "ref_logprobs"}
+        if self.kl_in_reward:
             divergence = kl.in_reward(
-                old, ref, config.loss.kl_estimator, limit=config.loss.kl_limit
+                scores["old_logprobs"],
+                scores["ref_logprobs"],
+                config.loss.kl_estimator,
+                limit=config.loss.kl_limit,
             )
             penalty = config.loss.kl_coef * divergence
-            if self.keeps_old:
-                per_token["old_logprobs"] = old
             divergence, count = np.sum(gather(np.array([divergence[mask].sum(), mask.sum()])), 0)
             metrics["kl"] = float(divergence / max(count, 1))
+            if not self.keeps_old:
+                del per_token["old_logprobs"]
         places = jax.process_index() * self.local_prompts + np.arange(self.local_prompts)
         moving = extra.get("baseline")
         result = advantages.estimate(
@@ -384,6 +405,7 @@ class _Run:
             mask,
             np.repeat(places, config.rollout.group_size),
             kl=penalty,
+            values=values,
             greedy=greedy,
             baseline=None if moving is None else advantages.average_of(moving),
             config=config.advantage,
@@ -393,24 +415,31 @@ class _Run:
             decay, mean = config.advantage.baseline_decay, result.statistics["reward/used"]
             extra["baseline"] = np.float32(advantages.moving_average(moving, mean, decay))
         per_token["advantages"] = result.advantages
+        if self.has_critic:
+            per_token["returns"] = result.returns
         return lengths, per_token, metrics | result.statistics
 
     def _scored(
         self, state: TrainState, episodes: Episodes, orders: list[np.ndarray], width: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities of the responses under the policy and the reference, both [N, width] float32."""
+    ) -> dict[str, np.ndarray]:
+        """What the estimate needs of models, [N, width] float32: old_logprobs, ref_logprobs, old_values, or nothing."""
+        wanted = {}
+        if self.kl_in_reward:
+            wanted["old_logprobs"] = (self.score, state.params)
+            wanted["ref_logprobs"] = (self.score, state.extra["ref_params"])
+        if self.has_critic:
+            wanted["old_values"] = (self.value, state.extra["critic"].params)
         count = len(episodes.rewards)
+        found = {name: np.zeros(count * width, np.float32) for name in wanted}
         # Packed like any array per token, it tells where each score belongs.
         place = np.arange(1, count * width + 1, dtype=np.int32).reshape(count, width)
-        old, ref = np.zeros(count * width, np.float32), np.zeros(count * width, np.float32)
-        for order in orders:
+        for order in orders if wanted else ():
             batch = self._pack(episodes, order, {"place": place}, np.zeros(count))
             used = batch["place"] > 0
             inputs = sharding.place_rows({k: batch[k] for k in SCORED}, self.mesh)
-            for params, out in ((state.params, old), (state.extra["ref_params"], ref)):
-                scores = local_rows(self.score(params, inputs))
-                out[batch["place"][used] - 1] = scores[used]
-        return old.reshape(count, width), ref.reshape(count, width)
+            for name, (score, params) in wanted.items():
+                found[name][batch["place"][used] - 1] = local_rows(score(params, inputs))[used]
+        return {name: x.reshape(count, width) for name, x in found.items()}
 
     def _minibatch(
         self,
@@ -441,6 +470,24 @@ class _Run:
             capacity=self.capacity,
             devices=self.local_devices,
             micro_rows=self.config.micro_rows,
+        )
+
+    def _logprobs(self, params: Any, rows: dict[str, jax.Array]) -> jax.Array:
+        temperature = self.config.rollout.temperature
+        places = (rows[name] for name in ("tokens", "positions", "segment_ids"))
+        return token_logprobs(self.model, params, *places, temperature).logprobs_BT
+
+    def _values(self, params: Any, rows: dict[str, jax.Array]) -> jax.Array:
+        places = (rows[name] for name in ("tokens", "positions", "segment_ids"))
+        return value_head.token_values(self.model, params, *places)
+
+    def _value_loss(self, params: Any, batch: dict[str, jax.Array]):
+        return value_loss(
+            values=self._values(params, batch),
+            old_values=batch["old_values"],
+            returns=batch["returns"],
+            weights=batch["weights"],
+            clip=self.config.critic.clip,
         )
 
     def _loss(self, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
@@ -476,36 +523,12 @@ class _Run:
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def _scorer(model: Decoder, mesh, micro_rows: int, temperature: float):
-    """`score(params, batch) -> logprobs [rows, T]` over the micro-batches that hold anything."""
-
-    def score(params, batch):
-        num_micro, batch = batch["num_micro"], {k: v for k, v in batch.items() if k != "num_micro"}
-        rows, length = batch["tokens"].shape
-
-        def one(i, out):
-            part = {
-                k: lax.dynamic_slice_in_dim(v, i * micro_rows, micro_rows) for k, v in batch.items()
-            }
-            logprobs, *_ = token_logprobs(
-                model, params, part["tokens"], part["positions"], part["segment_ids"], temperature
-            )
-            return lax.dynamic_update_slice_in_dim(out, logprobs, i * micro_rows, axis=0)
-
-        start = lax.pcast(jnp.zeros((rows, length), jnp.float32), "data", to="varying")
-        return lax.fori_loop(0, num_micro[0], one, start)
-
-    split, whole = PartitionSpec("data"), PartitionSpec()
-    program = jax.jit(jax.shard_map(score, mesh=mesh, in_specs=(whole, split), out_specs=split))
-    return lambda params, batch: program(sharding.place(params, sharding.replicated(mesh)), batch)
-
-
 def _merge(total: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Metrics of several updates: accumulators merged, of plain scalars the last."""
-    merged = dict(new)
-    for name, value in total.items():
-        if hasattr(value, "merge"):
-            merged[name] = value.merge(new[name])
+    merged = total | new
+    for name in total.keys() & new.keys():
+        if hasattr(new[name], "merge"):
+            merged[name] = total[name].merge(new[name])
     return merged
 
 
