@@ -107,11 +107,14 @@ def _ragged(kernel, pairs, chip):
 
 
 def _candidates(kernel, chip):
-    """Tilings that `bench` tries: without clusters, other depths, bands and widths."""
-    if chips.CHIPS[chip].platform != "gpu":
-        return {}
+    """Tilings that `bench` tries: other widths, and on GPUs depths, bands, and without clusters."""
     name = f"moe_dispatch.{kernel.removesuffix('_transposed')}"
     table = TILINGS[chip][name]
+    if chips.CHIPS[chip].platform == "tpu":
+        others = [dict(columns=256), dict(columns=1024), dict(block=128), dict(block=512)]
+        if kernel == "tgmm":
+            others = [dict(rows_out=m, columns_out=n) for m in (1536, 3072) for n in (512, 1024)]
+        return {name: [table | other for other in others if table | other != table]}
     others = [dict(cluster=1), dict(stages=4, places=2), dict(stages=3, places=4)]
     others += [dict(stages=3, places=2)] + [dict(band=b) for b in (4, 16) if "band" in table]
     if kernel != "gmm_swiglu":  # whose two sums fill the registers at 128 columns
