@@ -203,7 +203,6 @@ def sweep(jobs, slopes_H, positions, lengths, tiling, interpret, *, name, revers
             ahead = (later - earlier).astype(_F32)
             decay = jnp.where(later >= earlier, jnp.exp2(-rate * ahead), 0.0)
             by_later = wgmma_layout.reduce(1 - axis)
-            later = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=by_later)
 
             @pl.loop(0, steps)
             def _(i):
@@ -216,6 +215,7 @@ def sweep(jobs, slopes_H, positions, lengths, tiling, interpret, *, name, revers
 
                 p = accumulate(product, (CHUNK, CHUNK)) * decay
                 if positions is not None or lengths is not None:
+                    later = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=by_later)
                     first = jnp.zeros_like(later)  # token that reaches the later one
                     if positions is not None:
                         position = positions_smem.at[slot]
@@ -274,6 +274,7 @@ def sweep(jobs, slopes_H, positions, lengths, tiling, interpret, *, name, revers
                 m = present(i) if masked else CHUNK
                 x = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=by_column)
                 x = jax.lax.optimization_barrier(x)  # else it is computed, and kept, at the start
+                x = plgpu.layout_cast(x, by_column)
                 begin = jnp.exp2(-rate * (x + 1).astype(_F32))
                 end = jnp.exp2(-rate * jnp.maximum(m - 1 - x, 0).astype(_F32))
                 if lengths is not None and masked:
