@@ -89,9 +89,9 @@ _moe_mlp.defvjp(_forward, _backward)
 
 
 def _one_at_a_time(function):
-    """Under vmap, one call for each element of the batch: groups of different sizes have no rule,
+    """Under vmap, one call for each element of the batch.
 
-    and loops of different lengths would all run as long as the longest.
+    Grouped matmuls have no rule for it, and loops would all run as long as the longest.
     """
 
     @jax.custom_batching.sequential_vmap

@@ -35,6 +35,8 @@ def refusal(num_pairs: int, gate_EDF: jax.Array) -> str | None:
     _, D, F = gate_EDF.shape
     if D % 128 or F % 128:
         return f"widths must be multiples of 128, not {D} and {F}"
+    if max(D, F) * gate_EDF.dtype.itemsize > 1 << 16:
+        return f"weights of {D} x {F} {gate_EDF.dtype} are too wide to be held whole in one width"
     return None
 
 

@@ -278,6 +278,14 @@ def test_what_the_kernels_cannot_do_is_refused_with_the_reason(on_tpu, operands,
     assert y.shape == operands[0].shape
 
 
+def test_weights_too_wide_for_vmem_are_refused():
+    for dtype, width in ((jnp.bfloat16, 32768), (jnp.float32, 16384)):
+        wide = jax.ShapeDtypeStruct((2, 128, width), dtype)
+        assert tpu.refusal(8, wide) is None
+        wider = jax.ShapeDtypeStruct((2, 128, width + 128), dtype)
+        assert "too wide" in tpu.refusal(8, wider)
+
+
 def test_without_an_accelerator_pallas_is_refused():
     with pytest.raises(ValueError, match="no TPU or GPU"):
         moe_mlp(*refusal(), implementation="pallas")
