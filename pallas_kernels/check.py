@@ -56,9 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = {t: [x for x in worker.labels(t) if args.only in x] for t in targets}
     if not any(wanted.values()):
         parser.error(f"no case of {', '.join(targets)} contains {args.only!r}")
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {"targets": {}}
     start = time.time()
-    results = run(wanted, record)
+    results = run(wanted, load())
     bad = [
         f"{target}  {label}\n      {line}"
         for target in targets
@@ -66,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         for line in lines
     ]
     if args.write:
-        write(record, results)
+        write(load(), results)  # another run may have written meanwhile
     count = sum(map(len, results.values()))
     print(f"\n{count} cases in {time.time() - start:.0f} s; {len(bad)} failures" + ":" * bool(bad))
     new = [line for line in bad if line.endswith(budgets.UNRECORDED)]
@@ -185,6 +184,10 @@ def summary(result: dict) -> str:
         return "compiles"
     registers, spills, smem = (max(k[x] for k in kernels) for x in ("registers", "spills", "smem"))
     return f"{len(kernels)} kernels: {registers} registers, spills {spills}, {smem >> 10} KiB"
+
+
+def load() -> dict:
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {"targets": {}}
 
 
 def write(record: dict, results: dict) -> None:
