@@ -216,6 +216,8 @@ def _columns(most: int, width: int) -> int:
 def _check(multiple, *operands):
     if multiple % MULTIPLE:
         raise ValueError(f"groups must start at multiples of {MULTIPLE} rows, not {multiple}")
+    if len(operands[0]) % MULTIPLE:
+        raise ValueError(f"need a multiple of {MULTIPLE} rows, got {len(operands[0])}")
     for x in operands:
         if reason := _refusal(x):
             raise ValueError(reason)

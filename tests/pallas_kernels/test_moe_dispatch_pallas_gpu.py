@@ -173,6 +173,8 @@ def test_what_the_kernels_cannot_do_is_refused_with_the_reason():
         call(x, w, counts, multiple=64)
     with pytest.raises(ValueError, match="multiples of 128, not"):
         call(x[:, :100], w.astype(jnp.bfloat16), counts, multiple=64)
+    with pytest.raises(ValueError, match="multiple of 64 rows, got 50"):
+        call(x[:50], w.astype(jnp.bfloat16), counts, multiple=64)
     with pytest.raises(ValueError, match="multiples of 64 rows, not 32"):
         call(x, w.astype(jnp.bfloat16), counts, multiple=32)
 
