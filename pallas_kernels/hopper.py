@@ -12,11 +12,14 @@ stores it without waiting for the other: they may be up to `stages` steps apart,
 while the other stores.
 
 Why tiles of 128x256 in steps of 64, split by rows: a step is 4.2 MFLOP, 1024 cycles of the tensor
-cores, for which 48 KiB come through the L2 cache: 48 bytes per cycle and SM. 128x128 needs 64, more
-than the L2 sustains. A wgmma of 64x256x16 reads 10 KiB of shared memory in its 128 cycles, 80 bytes of
+cores, for which 48 KiB come through the L2 cache: 48 bytes per cycle and SM, where 128x128 needs 64.
+With `cluster=2` two blocks take neighbouring columns of the same rows and each loads half of the rows
+for both: 40 bytes. A wgmma of 64x256x16 reads 10 KiB of shared memory in its 128 cycles, 80 bytes of
 the 128 that a cycle delivers; split by columns it would be 96. The sums take 128 registers a thread;
-there are 168, and 232 after `set_max_registers`. With `cluster=2` two blocks take neighbouring columns
-of the same rows and each loads half of the rows for both: 40 bytes per cycle and SM.
+there are 168, and 232 after `set_max_registers`. (All by arithmetic, none measured.)
+
+The interpreter runs every wgmma at once, so it cannot tell whether `wgmma_wait` is where it must be:
+before a slot is left.
 """
 
 import functools

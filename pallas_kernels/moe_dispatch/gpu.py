@@ -14,6 +14,9 @@ columns. So 132 blocks work on a patch of about band x (132 / band) tiles, and w
 from memory once and else from the L2 cache. A group of 512 rows is one band of 4, whose weights are
 read once; with all rows in one expert a patch of 8 x 16 tiles reads 5 KiB per 4.2 MFLOP from memory.
 
+An inner loop of `gmm` has 96 steps or more, but one of `tgmm` only as many as an expert has 64 rows:
+8 of them, 8192 cycles, for 64 KiB to store. So `tgmm` gives shared memory from its ring to the stores.
+
 Shape suffixes as in `routing`; M, N: widths, multiples of 128.
 """
 
