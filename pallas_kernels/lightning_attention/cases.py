@@ -103,11 +103,11 @@ def _rivals(function, chip):
 
 
 def _candidates(function, chip):
-    if chip not in TPUS:
-        return {}
     kernel = {_forward: "lightning_forward", _state: "lightning_state"}
     kernel = kernel.get(function, "lightning_backward")
     now = tilings.TILINGS[chip][kernel]
+    if chip in GPUS:
+        return {kernel: [now | dict(stages=n, splits=m) for n in (2, 3) for m in (1, 2)]}
     return {kernel: [now | {"heads": n} for n in (8, 16, 32)]}
 
 
