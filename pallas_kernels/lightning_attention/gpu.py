@@ -34,8 +34,12 @@ an arriving warpgroup, each after its own reads; a wgmma has read its operands o
     o [2], own to a warpgroup    the copy out of the chunk before the last may still read the other
                                  half; `wait_smem_to_gmem(1)` before a store leaves only that one.
 
-No thread waits for a barrier's phase that could be overtaken: between two completions of any barrier
-its waiter has waited, because the completion after next needs an arrival that follows that wait.
+No barrier completes twice unseen (a wait knows a phase by its parity alone): the second completion
+needs an arrival that follows the waiter's wait for the first.
+
+Cycles of a chunk and head with two columns' warpgroups, counted from the compiled code: tensor cores
+1536, shared memory about 1700 (216 KB at 128 bytes), a scheduler 1050 instructions; 64 KB through HBM
+take 3400 when all multiprocessors ask for them. With `splits` of 2: 900, 1100 and 640.
 """
 
 import functools
