@@ -27,7 +27,7 @@ from pallas_kernels.tilings import TILINGS
 
 __all__ = ["gmm", "gmm_swiglu", "multiple", "refusal", "tgmm", "tilings"]
 
-RING = 8  # results of so many blocks may be on their way to HBM
+RING = 8  # at least so many blocks of `multiple` rows may be on their way to HBM
 
 
 def refusal(num_pairs: int, gate_EDF: jax.Array) -> str | None:
@@ -138,12 +138,13 @@ def _grouped(
         column = core * tiles + n
         return (expert_I[i], column, 0) if transposed else (expert_I[i], 0, column)
 
+    blocks = sizes(multiple, rows, tiling["block"])
+    slots = _slots(multiple, blocks)
     kernel = functools.partial(
-        _kernel, start=start, finish=finish, multiple=multiple,
-        sizes=sizes(multiple, rows, tiling["block"]),
+        _kernel, start=start, finish=finish, multiple=multiple, sizes=blocks, num_slots=slots,
         transposed=transposed, num_outs=len(dtypes), num_ws=len(ws),
     )  # fmt: skip
-    rings = [pltpu.VMEM((RING * multiple, columns), dtype) for dtype in dtypes]
+    rings = [pltpu.VMEM((slots * multiple, columns), dtype) for dtype in dtypes]
     weights = pl.BlockSpec((None, *((columns, M) if transposed else (M, columns))), weights_map)
     cost = pl.CostEstimate(
         flops=2 * R * M * N * len(ws),
@@ -161,7 +162,7 @@ def _grouped(
             out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(dtypes),
             scratch_shapes=[
                 *rings,
-                pltpu.SemaphoreType.DMA((len(dtypes), RING)),
+                pltpu.SemaphoreType.DMA((len(dtypes), slots)),
                 pltpu.SMEM((1,), jnp.int32),
             ],
         ),
@@ -176,7 +177,8 @@ def _grouped(
 
 
 def _kernel(
-    expert_I, first_I, blocks_I, x, *refs, start, finish, multiple, sizes, transposed, num_outs, num_ws
+    expert_I, first_I, blocks_I, x, *refs, start, finish, multiple, sizes, num_slots, transposed,
+    num_outs, num_ws,
 ):  # fmt: skip
     """One tile of columns of one item. x [rows, M]; weights [M, columns] or [columns, M]."""
     ws, refs = refs[:num_ws], refs[num_ws:]
@@ -205,9 +207,9 @@ def _kernel(
     def block(size, unit):
         """Rows of `size`, from the item's `unit`-th block of `multiple` rows on."""
         row, parts = first_I[i] + unit * multiple, size // multiple
-        slots = [jax.lax.rem(started[0] + part, RING) for part in range(parts)]
+        slots = [jax.lax.rem(started[0] + part, num_slots) for part in range(parts)]
         for part, slot in enumerate(slots):
-            pl.when(started[0] + part >= RING)(functools.partial(wait, slot))
+            pl.when(started[0] + part >= num_slots)(functools.partial(wait, slot))
         here = pl.multiple_of(row - start(i, first_I), multiple)
         x_UM = x[pl.ds(here, size), :]
         numbers = (((1,), (1 if transposed else 0,)), ((), ()))
@@ -243,7 +245,7 @@ def _kernel(
 
     @pl.when((i == num_items - 1) & (n == tiles - 1))
     def _():
-        for slot in range(RING):
+        for slot in range(num_slots):
             pl.when(started[0] > slot)(functools.partial(wait, slot))
 
 
@@ -267,7 +269,8 @@ def fit(R, M, N, width, num_ws, out_widths, multiple, tiling) -> tuple[int, int,
     left = tiling["vmem"] - (8 << 20)
 
     def needed():
-        ring = RING * multiple * columns * sum(out_widths)
+        slots = _slots(multiple, sizes(multiple, rows, tiling["block"]))
+        ring = slots * multiple * columns * sum(out_widths)
         block = min(tiling["block"], rows) * columns * 4 * num_ws
         return 2 * width * M * (rows + num_ws * columns) + ring + block
 
@@ -276,3 +279,8 @@ def fit(R, M, N, width, num_ws, out_widths, multiple, tiling) -> tuple[int, int,
     while needed() > left and rows > multiple:
         rows = routing.round_up(rows // 2, multiple)
     return rows, columns, cores
+
+
+def _slots(multiple, blocks):
+    """Blocks of `multiple` rows in the ring: two of the largest blocks, which fill it at once."""
+    return max(RING, 2 * blocks[0] // multiple)

@@ -12,6 +12,7 @@ from pallas_kernels.moe_dispatch import moe_mlp, tpu
 from tests.pallas_kernels.test_moe_dispatch import check, example, oracle_keep
 
 TILING = dict(cores=1, vmem=64 << 20, rows=64, block=32, columns=128, rows_out=128, columns_out=128)
+ROOMY = dict(rows=256, block=256)
 M, N = 128, 256
 
 
@@ -47,6 +48,7 @@ GMM_CASES = [  # counts, multiple, rows after the last group in multiples, trans
     ([0, 150, 0], 8, 0, False, jnp.float32),  # everybody at one expert, and several items of it
     ([16, 64, 128], 16, 0, True, jnp.bfloat16),  # full to the last row
     ([1], 16, 0, False, jnp.bfloat16),
+    ([300], 8, 0, False, jnp.float32),  # blocks of more parts than the ring is deep
 ]
 LIMITS = {jnp.float32: 1e-5, jnp.bfloat16: 4e-3}
 
@@ -64,7 +66,7 @@ def test_gmm_multiplies_each_row_with_its_experts_matrix(
         w = w.at[np.flatnonzero(extents == 0)].set(np.nan)  # not read where nobody goes
     got = tpu.gmm(
         x, w, jnp.asarray(counts, jnp.int32), multiple=multiple, transposed=transposed,
-        out_dtype=dtype, tiling=TILING | dict(cores=2), interpret=True,
+        out_dtype=dtype, tiling=TILING | dict(cores=2) | (ROOMY if len(counts) == 1 else {}), interpret=True,
     )  # fmt: skip
     assert got.shape == (len(held), N) and got.dtype == dtype
     for e, (start, extent) in enumerate(zip(starts, extents, strict=True)):
