@@ -60,7 +60,8 @@ class Kernel:
 
     steps: rounds of its grid loop on one core, None if the grid is dynamic; blocks: what has an
     entry in `Schedule.regions`, in that order; pieces: (bundles, matrix unit's cycles, index in blocks
-    or None) of every straight piece of the loop; before: bundles outside the loop.
+    or None) of every straight piece of the loop; before: bundles outside the loop; unread: labels
+    of branches that lead nowhere in the text.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Kernel:
     spills: int
     vmem: int
     vmem_limit: int
+    unread: tuple[str, ...] = ()
 
     def describe(self) -> str:
         return (
@@ -108,14 +110,12 @@ def parse(name: str, text: str, chip: Chip, vmem: int = 0, vmem_limit: int = 0) 
     for i, (_, line) in enumerate(bundles):
         for label in _LABEL.findall(line):
             labels.setdefault(label, i)
-    regions, loops = [], []
+    regions, loops, unread = [], [], []
     for i, (_, line) in enumerate(bundles):
         for label in _BRANCH.findall(line):
             if label not in labels:
-                raise ValueError(
-                    f"{name}: a branch to region {label}, which is nowhere in the schedule"
-                )
-            if labels[label] > i:
+                unread.append(label)
+            elif labels[label] > i:
                 regions.append(Block("region", i + 1, labels[label]))
             else:
                 loops.append(Block("loop", labels[label], i + 1))
@@ -153,7 +153,9 @@ def parse(name: str, text: str, chip: Chip, vmem: int = 0, vmem_limit: int = 0) 
         pieces.append((end - start, busy, None if innermost is None else blocks.index(innermost)))
     spills = sum(len(_SPILL.findall(line)) for _, line in bundles[grid.start : grid.end])
     before = len(bundles) - grid.bundles
-    return Kernel(name, steps, tuple(blocks), tuple(pieces), before, spills, vmem, vmem_limit)
+    return Kernel(
+        name, steps, tuple(blocks), tuple(pieces), before, spills, vmem, vmem_limit, tuple(unread)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +182,8 @@ def time(kernel: Kernel, schedule: Schedule | None, chip: Chip) -> Time:
             f"{kernel.name}: the case's Schedule has {len(weights)} regions, but the compiled kernel "
             f"{len(kernel.blocks)}: {kernel.describe()}"
         )
+    if schedule is not None and kernel.unread:
+        raise ValueError(f"{kernel.name}: branches to {kernel.unread}, nowhere in its schedule")
     schedule = schedule or Schedule()
     steps = kernel.steps if schedule.steps is None else schedule.steps
     if steps is None:

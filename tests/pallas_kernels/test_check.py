@@ -105,8 +105,10 @@ def test_steps_of_a_dynamic_grid_come_from_the_case():
 def test_an_unknown_form_of_schedule_is_an_error():
     with pytest.raises(ValueError, match="another form"):
         schedule.parse("kernel.1", "nothing like bundles", V6E)
-    with pytest.raises(ValueError, match="region 999"):
-        schedule.parse("k.1", schedule_text().replace("$region44", "$region999"), V6E)
+    lost = schedule.parse("k.1", schedule_text().replace("$region44", "$region999"), V6E)
+    with pytest.raises(ValueError, match="999"):
+        schedule.time(lost, Schedule((4, 1)), V6E)
+    assert schedule.time(lost, None, V6E).cycles > 0  # but then there is no ratio
 
 
 REPORT = """
