@@ -115,6 +115,8 @@ def step(q_BHK, k_BHK, v_BHV, slopes_H, state_BHKV) -> tuple[jax.Array, jax.Arra
     """One token of every row, as in decoding: the output `[B, H, V]` in q's dtype, the new state.
 
     The state is float32 `[B, H, K, V]`; at small slopes a narrower one loses what it remembers.
+    There is no kernel: for 64 rows of 64 heads, compiled for v5p, v6e and tpu7x with the state
+    donated, XLA makes this one fusion that moves 1.02 times the bytes of the states and tokens.
     """
     if state_BHKV.dtype != jnp.float32:
         raise ValueError(f"the state must be float32, got {state_BHKV.dtype}")

@@ -164,7 +164,8 @@ def sweep(
         at=lambda b, h, c, scalars: (b if rows is None else scalars[0][c], h, 0, 0),
     )
     scalars = {} if rows is None else {"rows": rows[0]}
-    inputs = {"slopes": (slopes_H, pl.BlockSpec(memory_space=pltpu.SMEM))}
+    # [1, H]: a shape that vmap may add an axis to
+    inputs = {"slopes": (slopes_H[None], pl.BlockSpec(memory_space=pltpu.SMEM))}
     for key, value in tokens.items():
         inputs[key] = (value.reshape(B, T, -1), token_block)
     if initial is not None:
@@ -188,7 +189,7 @@ def sweep(
     def kernel(*refs):
         r = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
         b, block, c = pl.program_id(0), pl.program_id(1), time(pl.program_id(2))
-        slopes = [r.slopes[block * heads + h] for h in range(heads)]
+        slopes = [r.slopes[0, block * heads + h] for h in range(heads)]
         first = pl.program_id(2) == 0
         pl.when(first)(lambda: _write_tables(r, slopes, C, reverse))
         if rows is not None:
