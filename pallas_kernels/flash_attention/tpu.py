@@ -4,7 +4,6 @@ Blocks above the diagonal are skipped. Blocks that lie in other segments are not
 computed and masked.
 """
 
-
 import jax
 
 LANES = 128

@@ -116,8 +116,12 @@ def backward(hidden_ND, head_DV, labels_N, rows, *, scale, tiling, vmem, interpr
         )
         return d_hidden_ND + _run_d_hidden(dz_NP, head_DV, first, **fixed), d_head_DV
 
-    carry = same_axes(jnp.zeros_like(hidden_ND, F32), jnp.zeros_like(head_DV), hidden_ND, head_DV)
-    return jax.lax.fori_loop(0, pl.cdiv(every, tiles), part, tuple(carry[:2]))
+    # JAX's interpreter wants whole tiles of what a kernel updates in place.
+    wide = every * C if interpret else V
+    zeros = jnp.zeros_like(hidden_ND, F32), jnp.zeros_like(head_DV, shape=(len(head_DV), wide))
+    carry = tuple(same_axes(*zeros, hidden_ND, head_DV)[:2])
+    d_hidden_ND, d_head_DV = jax.lax.fori_loop(0, pl.cdiv(every, tiles), part, carry)
+    return d_hidden_ND, d_head_DV[:, :V]
 
 
 def _run_d_head(
@@ -147,7 +151,7 @@ def _run_d_head(
         ),
         out_shape=[
             versions.shape_like((N, tiles * C), hidden_ND.dtype, hidden_ND, head_DV),
-            versions.shape_like((D, V), head_DV.dtype, hidden_ND, head_DV),
+            versions.shape_like(d_head_DV.shape, head_DV.dtype, hidden_ND, head_DV),
         ],
         input_output_aliases={9: 1},
         compiler_params=_params(vmem),
