@@ -97,7 +97,7 @@ def test_forward(splits, stages, options):
     T, slopes = 192, jnp.array([0.92, 5e-5])
     (q, k, v, _), (initial, _) = draw(0, 2, T, 2)
     inputs = [q, k, v, slopes, initial if "i" in options else None]
-    positions = np.stack([positions_of([5, 70, 71, 150], T), positions_of([128], T)])
+    positions = np.stack([positions_of([5, 70, 71, 150], T), positions_of([64], T)])
     inputs += [positions if "p" in options else None]
     inputs += [np.array([160, 131], np.int32) if "l" in options else None]
     o, final = forward(*inputs, splits=splits, stages=stages)
@@ -113,7 +113,7 @@ def test_backward(splits, options):
     T, slopes = 192, jnp.array([0.3, 5e-5])
     (q, k, v, do), (initial, d_final) = draw(1, 2, T, 2)
     inputs = [q, k, v, slopes, initial if "i" in options else None]
-    positions = np.stack([positions_of([5, 70, 71, 150], T), positions_of([128], T)])
+    positions = np.stack([positions_of([5, 70, 71, 150], T), positions_of([64], T)])
     inputs += [positions if "p" in options else None]
     inputs += [np.array([160, 131], np.int32) if "l" in options else None]
     inputs += [do, d_final if "i" in options else None]
