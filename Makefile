@@ -24,9 +24,11 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-all
 	$(PYTEST) -m "slow or parity or gym" $(PYTEST_ARGS)
 
-# A part of the suite on the other pair of JAX and Flax that setup.cfg names.
+# A part of the suite on the other pair of JAX and Flax that setup.cfg names: with it come the GPU kernels' interpreted
+# tests, for which the first pair has no interpreter.
 test-py312:
-	$(MAKE) test PYTHON=python3.12 VENV=.venv312 PYTEST_ARGS="tests/core tests/rl tests/lm tests/pallas_kernels $(PYTEST_ARGS)"
+	$(MAKE) test PYTHON=python3.12 VENV=.venv312 \
+	  PYTEST_ARGS="tests/core tests/rl tests/lm tests/pallas_kernels/*_gpu.py $(PYTEST_ARGS)"
 
 # Every Pallas kernel: right when interpreted, compiled by the real compilers of GPU and TPU, within its budget.
 kernels-check:

@@ -53,6 +53,8 @@ class Case:
       max(flops / chip.flops, bytes / chip.bandwidth).
     gate: target → least bound / static time (TPU) at which the check passes.
     schedule: chip → {`name=` of a pallas_call: Schedule}. TPU only.
+    read: whether what the compilers write of its kernels is held to budgets; False for kernels that
+      are not ours: compiled, and that is all.
     measured: chip → least bound / measured time that is aimed at; `bench` reports it.
 
     For `bench` (a case without `sample` whose arguments hold integers is not timed):
@@ -71,6 +73,7 @@ class Case:
     bytes: float
     gate: Mapping[str, float] = dataclasses.field(default_factory=dict)
     schedule: Callable[[str], Mapping[str, Schedule]] = lambda chip: {}
+    read: bool = True
     measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
     sample: Callable[[Any, str], tuple] | None = None
     candidates: Callable[[str], Mapping[str, Sequence[dict]]] = lambda chip: {}

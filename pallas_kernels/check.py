@@ -81,6 +81,7 @@ def run(wanted: dict[str, list[str]], record: dict) -> dict[str, dict[str, tuple
     queue = collections.deque(
         (target, labels[i : i + CHUNK])
         for target, labels in wanted.items()
+        for labels in _alike(target, labels)
         for i in range(0, len(labels), CHUNK)
     )
     results = {target: dict.fromkeys(labels) for target, labels in wanted.items()}
@@ -131,15 +132,25 @@ def run(wanted: dict[str, list[str]], record: dict) -> dict[str, dict[str, tuple
     return results
 
 
+def _read(target: str, label: str) -> bool:
+    return target == "cpu" or worker.cases(target)[label].read
+
+
+def _alike(target: str, labels: list[str]) -> list[list[str]]:
+    """Those of which the compilers' reports are wanted, and the others: two kinds of process."""
+    return [[x for x in labels if _read(target, x) == kind] for kind in (True, False)]
+
+
 def _process(target, labels, report) -> list[str]:
     """Runs cases in one process; the labels that are left if it died."""
     labels = list(labels)
     with tempfile.TemporaryDirectory(prefix="kernels-") as directory:
         directory = pathlib.Path(directory)
         dump, talk = directory / "dump", directory / "stderr"
-        variables = (
-            {"JAX_PLATFORMS": "cpu"} if target == "cpu" else compile.environment(target, dump)
-        )
+        variables = {"JAX_PLATFORMS": "cpu"}
+        if target != "cpu":
+            written = dump if _read(target, labels[0]) else None
+            variables = compile.environment(target, written)
         command = [sys.executable, "-m", "pallas_kernels.aot.worker", target, str(dump), *labels]
         with (
             talk.open("w") as stderr,
@@ -180,7 +191,7 @@ def summary(result: dict) -> str:
         gate = f", gate {result['gate']:.2f}" if "gate" in result else ""
         return f"{result['ratio']:.3f} of bound{gate}; {result['static_ms']:.4g} ms"
     kernels = result["kernels"].values()
-    if not kernels:
+    if not kernels or not all("registers" in k for k in kernels):
         return "compiles"
     registers, spills, smem = (max(k[x] for k in kernels) for x in ("registers", "spills", "smem"))
     return f"{len(kernels)} kernels: {registers} registers, spills {spills}, {smem >> 10} KiB"
