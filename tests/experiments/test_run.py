@@ -88,7 +88,7 @@ MISTAKES = {  # what is given besides the right flags → what is said
     "--config.loss.aggregation=mean": "loss.aggregation",
     "--confg=x": "Unknown command line flag 'confg'. Did you mean: config",
     "--config.updates=7": "error: .*16 responses .* updates=7 minibatches; choose",
-    "--config.rollout.group_size=1": "error: rollout: group_size=1: advantages compare",
+    "--config.rollout.group_size=1": "error: Config: group_size=1: advantages compare the responses to a prompt",
     "--config.init_from=": "error: no model to start from: set init_from",
     "--config.init_from={place}": "error: {place} is no model: it has neither",
     "--config.task.train_file={place}/none.jsonl": "error: gsm8k: '{place}/none.jsonl' is not there",
