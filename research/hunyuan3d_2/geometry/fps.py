@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+_LANES = 128
+
 
 @functools.partial(jax.jit, static_argnames="count")
 def farthest_points(points_BN3: jax.Array, count: int, start_B: jax.Array) -> jax.Array:
@@ -22,27 +24,41 @@ def farthest_points(points_BN3: jax.Array, count: int, start_B: jax.Array) -> ja
 
     Raises ValueError if K is not in 1…N or the shapes do not fit.
     """
-    B, N, _ = _check(points_BN3, count, start_B)
-    # Coordinates apart, and the maximum before its index: both vectorise where an argmax over
-    # [B, N] or a sum over an axis of 3 does not.
-    x_3BN = jnp.moveaxis(points_BN3.astype(jnp.float32), -1, 0)
-    index_N = jnp.arange(N, dtype=jnp.int32)
-    start_B = start_B.astype(jnp.int32)
+    _check(points_BN3, count, start_B)
+    one = functools.partial(_one_cloud, count=count)
+    clouds = points_BN3.astype(jnp.float32), start_B.astype(jnp.int32)
+    # One after another a cloud stays in a core's cache; elsewhere the steps wait for one another
+    # and clouds side by side cost nothing.
+    return jax.lax.platform_dependent(
+        *clouds,
+        cpu=lambda *clouds: jax.lax.map(lambda cloud: one(*cloud), clouds),
+        default=jax.vmap(one),
+    )
+
+
+def _one_cloud(points_N3: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    # Coordinates apart, points in rows of lanes, and the maximum before its index: these vectorise,
+    # where a sum over an axis of 3 and an argmax do not.
+    N = points_N3.shape[0]
+    rows = -(-N // _LANES)
+    x, y, z = jnp.pad(points_N3.T, ((0, 0), (0, rows * _LANES - N))).reshape(3, rows, _LANES)
+    index = jnp.arange(rows * _LANES, dtype=jnp.int32).reshape(rows, _LANES)
 
     def add(k, carry):
-        last_B, nearest_BN, chosen_BK = carry
-        at_3B1 = jnp.take_along_axis(x_3BN, last_B[None, :, None], axis=2)
-        nearest_BN = jnp.minimum(nearest_BN, jnp.sum(jnp.square(x_3BN - at_3B1), axis=0))
-        farthest_B1 = jnp.max(nearest_BN, axis=1, keepdims=True)
-        last_B = jnp.min(jnp.where(nearest_BN == farthest_B1, index_N, N - 1), axis=1)
-        return last_B, nearest_BN, chosen_BK.at[:, k].set(last_B)
+        last, nearest, chosen_K = carry
+        at = points_N3[last]
+        squared = (x - at[0]) ** 2 + (y - at[1]) ** 2 + (z - at[2]) ** 2
+        nearest = jnp.minimum(nearest, squared)
+        farthest = nearest.max(0).max()
+        last = jnp.where(nearest == farthest, index, N - 1).min(0).min()
+        return last, nearest, chosen_K.at[k].set(last)
 
-    chosen_BK = jnp.zeros((B, count), jnp.int32).at[:, 0].set(start_B)
-    nearest_BN = jnp.full((B, N), jnp.inf, jnp.float32)
-    return jax.lax.fori_loop(1, count, add, (start_B, nearest_BN, chosen_BK))[2]
+    nearest = jnp.where(index < N, jnp.inf, -1.0)  # padding is never the farthest
+    chosen_K = jnp.zeros(count, jnp.int32).at[0].set(start)
+    return jax.lax.fori_loop(1, count, add, (start, nearest, chosen_K))[2]
 
 
-def _check(points_BN3: jax.Array, count: int, start_B: jax.Array) -> tuple[int, ...]:
+def _check(points_BN3: jax.Array, count: int, start_B: jax.Array) -> None:
     shape = points_BN3.shape
     if len(shape) != 3 or shape[2] != 3 or start_B.shape != shape[:1]:
         raise ValueError(f"points must be [B, N, 3] and start [B], got {shape} and {start_B.shape}")
@@ -50,4 +66,3 @@ def _check(points_BN3: jax.Array, count: int, start_B: jax.Array) -> tuple[int, 
         raise ValueError(
             f"cannot choose {count} of {shape[1]} points; give the cloud more points or ask for fewer"
         )
-    return shape
