@@ -92,9 +92,13 @@ def run(wanted: dict[str, list[str]], record: dict) -> dict[str, dict[str, tuple
         if t != "cpu"
     }
     done = 0
+    children: set[subprocess.Popen] = set()
+    stopped = threading.Event()
 
     def report(target, label, seconds, result):
         nonlocal done
+        if stopped.is_set():  # of a process that was killed for it
+            raise concurrent.futures.CancelledError
         gate = gates.get(target, {}).get(label)
         if gate is not None:
             result["gate"] = gate
@@ -117,7 +121,7 @@ def run(wanted: dict[str, list[str]], record: dict) -> dict[str, dict[str, tuple
                 if not queue:
                     return
                 target, labels = queue.popleft()
-            rest = _process(target, labels, report)
+            rest = _process(target, labels, report, children)
             if rest:  # its process died; the others get one of their own
                 with lock:
                     queue.appendleft((target, rest))
@@ -125,10 +129,15 @@ def run(wanted: dict[str, list[str]], record: dict) -> dict[str, dict[str, tuple
     with concurrent.futures.ThreadPoolExecutor(PROCESSES) as pool:
         futures = [pool.submit(work) for _ in range(PROCESSES)]
         try:
-            for future in futures:
+            for future in concurrent.futures.as_completed(futures):
                 future.result()
-        finally:
+        except BaseException:  # a compiler that nobody waits for would run for minutes
+            stopped.set()
             queue.clear()
+            while concurrent.futures.wait(futures, timeout=0.1).not_done:
+                for child in tuple(children):
+                    child.kill()
+            raise
     return results
 
 
@@ -141,8 +150,8 @@ def _alike(target: str, labels: list[str]) -> list[list[str]]:
     return [[x for x in labels if _read(target, x) == kind] for kind in (True, False)]
 
 
-def _process(target, labels, report) -> list[str]:
-    """Runs cases in one process; the labels that are left if it died."""
+def _process(target, labels, report, children) -> list[str]:
+    """Runs cases in one process, one of `children` while it lives; the labels that are left if it died."""
     labels = list(labels)
     with tempfile.TemporaryDirectory(prefix="kernels-") as directory:
         directory = pathlib.Path(directory)
@@ -163,18 +172,23 @@ def _process(target, labels, report) -> list[str]:
                 cwd=HERE.parent,
             ) as child,
         ):
+            children.add(child)
             timer = threading.Timer(PATIENCE, child.kill)
             timer.start()
-            for line in child.stdout:
-                if line.startswith("RESULT "):
-                    timer.cancel()
-                    timer = threading.Timer(PATIENCE, child.kill)
-                    timer.start()
-                    result = json.loads(line.removeprefix("RESULT "))
-                    labels.remove(result["label"])
-                    report(target, **result)
-            code = child.wait()
-            timer.cancel()
+            try:
+                for line in child.stdout:
+                    if line.startswith("RESULT "):
+                        timer.cancel()
+                        timer = threading.Timer(PATIENCE, child.kill)
+                        timer.start()
+                        result = json.loads(line.removeprefix("RESULT "))
+                        labels.remove(result["label"])
+                        report(target, **result)
+                code = child.wait()
+            finally:  # nothing is left to wait for, whatever was raised
+                timer.cancel()
+                child.kill()
+                children.discard(child)
         if labels:  # died on the first of them
             last = " ".join(talk.read_text().split())[-400:]
             reason = f"its process ended with {code} (a case may take {PATIENCE} s): …{last}"

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import pathlib
 import sys
+import threading
+import time
 
 import pytest
 
@@ -230,6 +233,43 @@ def test_a_process_that_dies_fails_its_case_and_the_others_run(tmp_path, monkeyp
     assert results["first"][1] == results["last"][1] == []
     assert "ended with 3" in results["dies"][1][0] and "out of memory" in results["dies"][1][0]
     assert "[  3/3" in capsys.readouterr().out
+
+
+ENDLESS = """#!{python}
+import json, os, sys, time
+open(os.path.join({directory!r}, str(os.getpid())), "w").close()
+if sys.argv[5] == "first":
+    result = {{"label": "first", "seconds": 0.1, "result": {{"error": 1, "limit": 2}}}}
+    print("RESULT " + json.dumps(result), flush=True)
+time.sleep(120)
+"""
+
+
+def test_a_fault_of_the_check_itself_ends_all_processes_at_once(tmp_path, monkeypatch):
+    """Neither the process whose result was at fault nor the other, both in the middle of a case, are waited for."""
+    (pids := tmp_path / "pids").mkdir()
+    script = tmp_path / "python"
+    script.write_text(ENDLESS.format(python=sys.executable, directory=str(pids)))
+    script.chmod(0o755)
+
+    def summary(result):
+        while len(list(pids.iterdir())) < 2:
+            time.sleep(0.01)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(check.sys, "executable", str(script))
+    monkeypatch.setattr(check.worker, "cases", lambda target: {})
+    monkeypatch.setattr(check, "CHUNK", 2)
+    monkeypatch.setattr(check, "summary", summary)
+    threads, started = threading.active_count(), time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        check.run({"cpu": ["other", "never", "first", "second"]}, {"targets": {}})
+    assert time.monotonic() - started < 60
+    for pid in pids.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.name), 0)
+    time.sleep(0.1)
+    assert threading.active_count() <= threads  # a timer would keep the interpreter from ending
 
 
 def test_writing_keeps_other_cases_and_drops_those_that_are_gone(tmp_path, monkeypatch):
