@@ -27,6 +27,7 @@ class TaskConfig:
 
     name: arithmetic, countdown, knights, gsm8k, math or gym:NAME.
     test_size: number of test problems, for tasks that generate them.
+    train_size: number of training problems, for the same; without, there is no end of them.
     min_difficulty, max_difficulty: the task's own scale.
     train_file, test_file: .jsonl files, for gsm8k and math.
     options: further settings of the task, each as 'name=value'.
@@ -35,6 +36,7 @@ class TaskConfig:
     name: str = "arithmetic"
     seed: int = 0
     test_size: int = 0
+    train_size: int = 0
     min_difficulty: int = 0
     max_difficulty: int = 0
     train_file: str = ""

@@ -51,6 +51,7 @@ class Arithmetic(GeneratedTask):
         *,
         seed: int = 0,
         test_size: int = 512,
+        train_size: int = 0,
         min_difficulty: int = 3,
         max_difficulty: int = 7,
         product_probability: float = 0.25,
@@ -58,7 +59,9 @@ class Arithmetic(GeneratedTask):
     ):
         if not 0.0 <= product_probability <= 1.0:
             raise ValueError(f"product_probability={product_probability} is not within 0 to 1")
-        super().__init__("arithmetic", (2, 64), min_difficulty, max_difficulty, seed, test_size)
+        super().__init__(
+            "arithmetic", (2, 64), min_difficulty, max_difficulty, seed, test_size, train_size
+        )
         self.product_probability = product_probability
         self.max_products = max_products
 

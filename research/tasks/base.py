@@ -108,6 +108,7 @@ def check_index(name: str, split: str, index: int, size: int | None) -> None:
 class GeneratedTask(abc.ABC):
     """A task that draws its problems: endless for training, `test_size` different ones for tests.
 
+    With a `train_size` there are that many for training, and always the same (some may be alike).
     Test problems have equal shares of every difficulty (to within one), in turn, so that each
     prefix of the split is balanced too; training problems draw their difficulty uniformly.
 
@@ -124,6 +125,7 @@ class GeneratedTask(abc.ABC):
         max_difficulty: int,
         seed: int,
         test_size: int,
+        train_size: int = 0,
     ):
         """limits: the smallest and largest difficulty that the task knows.
 
@@ -134,12 +136,14 @@ class GeneratedTask(abc.ABC):
                 f"{name} has difficulties {limits[0]} to {limits[1]}, and min_difficulty="
                 f"{min_difficulty}, max_difficulty={max_difficulty} is no range of these"
             )
-        if test_size < 0:
-            raise ValueError(f"test_size={test_size} is negative")
+        if test_size < 0 or train_size < 0:
+            raise ValueError(
+                f"test_size={test_size} and train_size={train_size} must not be negative"
+            )
         self.name = name
         self.difficulties = range(min_difficulty, max_difficulty + 1)
         self._seed = seed
-        self._test_size = test_size
+        self._sizes = {"train": train_size or None, "test": test_size}
         self._tests: list[Problem] | None = None
 
     @abc.abstractmethod
@@ -155,7 +159,7 @@ class GeneratedTask(abc.ABC):
         """The problem, or None if what was drawn does not make one."""
 
     def size(self, split: Split) -> int | None:
-        return self._test_size if split == "test" else None
+        return self._sizes.get(split)
 
     def problem(self, split: Split, index: int) -> Problem:
         check_index(self.name, split, index, self.size(split))
@@ -180,7 +184,7 @@ class GeneratedTask(abc.ABC):
         }
         seen: set[str] = set()
         problems = []
-        for index in range(self._test_size):
+        for index in range(self._sizes["test"]):
             difficulty = self.difficulties[index % len(self.difficulties)]
             id = f"{self.name}/test/{index}"
             problem, text = self._next(streams[difficulty], id, difficulty, test=True, seen=seen)
@@ -209,7 +213,7 @@ class GeneratedTask(abc.ABC):
                 return problem, text
         raise ValueError(
             f"{self.name} of difficulty {difficulty} has too few problems for test_size="
-            f"{self._test_size}: ask for fewer, or leave that difficulty out"
+            f"{self._sizes['test']}: ask for fewer, or leave that difficulty out"
             if test
             else f"{self.name} of difficulty {difficulty} has no training problems"
         )

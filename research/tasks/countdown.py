@@ -25,6 +25,7 @@ class Countdown(GeneratedTask):
         *,
         seed: int = 0,
         test_size: int = 512,
+        train_size: int = 0,
         min_difficulty: int = 3,
         max_difficulty: int = 4,
         max_number: int = 99,
@@ -34,7 +35,9 @@ class Countdown(GeneratedTask):
             raise ValueError(
                 f"max_number={max_number} and max_target={max_target} must be positive"
             )
-        super().__init__("countdown", (2, 8), min_difficulty, max_difficulty, seed, test_size)
+        super().__init__(
+            "countdown", (2, 8), min_difficulty, max_difficulty, seed, test_size, train_size
+        )
         self.max_number = max_number
         self.max_target = max_target
 

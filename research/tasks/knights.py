@@ -8,6 +8,7 @@ import functools
 import operator
 import random
 import re
+from collections.abc import Sequence
 
 from research.tasks.base import GeneratedTask, Problem, Unparsed
 
@@ -21,6 +22,9 @@ NAMES = (
 Statement = tuple
 
 _KINDS = ("is", "not", "and", "or", "iff", "if", "exactly", "at least", "at most")
+# All that a terse question or answer is made of.
+WORDS = (*NAMES, *(str(n) for n in range(11)), "knight", "knave", ":", ".", "?",
+         "not", "and", "or", "iff", "if", "exactly", "at", "least", "most")  # fmt: skip
 _MAX_CHARACTERS = 1000
 _WORD = re.compile(r"[a-z]+|[0-9]+")
 _PUNCTUATION = re.compile(r"[\s,.;:()\[\]{}\"'*=&|→-]*")  # what may stand between words
@@ -32,6 +36,9 @@ _FILLERS = frozenset("is are a an and the both all of them us while also".split(
 class Knights(GeneratedTask):
     """Companies of `min_difficulty` to `max_difficulty` people.
 
+    kinds: of statements that are made, among those of `Statement`.
+    terse: questions and answers of few words, each between spaces, and the first names of the list in their order: for
+      small models with a vocabulary of words (`WORDS`).
     data: 'names', 'kinds' (whether each is a knight) and 'statements'. Two problems that differ in
     names alone are the same problem, so both are on one side of the split.
     """
@@ -41,13 +48,24 @@ class Knights(GeneratedTask):
         *,
         seed: int = 0,
         test_size: int = 512,
+        train_size: int = 0,
         min_difficulty: int = 2,
         max_difficulty: int = 7,
+        kinds: Sequence[str] = _KINDS,
+        terse: bool = False,
     ):
-        super().__init__("knights", (2, 10), min_difficulty, max_difficulty, seed, test_size)
+        super().__init__(
+            "knights", (2, 10), min_difficulty, max_difficulty, seed, test_size, train_size
+        )
+        unknown = [kind for kind in kinds if kind not in _KINDS]
+        if unknown or not kinds:
+            raise ValueError(f"kinds={kinds}: there are {', '.join(_KINDS)}")
+        self.kinds, self.terse = tuple(kinds), terse
 
     def draw(self, rng: random.Random, difficulty: int) -> list[Statement]:
-        return [_draw_statement(rng, speaker, difficulty) for speaker in range(difficulty)]
+        return [
+            _draw_statement(rng, speaker, difficulty, self.kinds) for speaker in range(difficulty)
+        ]
 
     def canonical_problem(self, drawn: list[Statement]) -> str:
         return f"knights: {drawn}"
@@ -59,6 +77,14 @@ class Knights(GeneratedTask):
         if len(found) != 1:
             return None
         kinds = found[0]
+        data = {"kinds": kinds, "statements": drawn}
+        if self.terse:
+            names = NAMES[:difficulty]
+            says = " . ".join(
+                f"{n} : {_terse(s, names)}" for n, s in zip(names, drawn, strict=True)
+            )
+            answer = " ".join(f"{n} {_role(kind)}" for n, kind in zip(names, kinds, strict=True))
+            return Problem(id, f"{says} ?", answer, difficulty, data | {"names": names})
         names = rng.sample(NAMES, difficulty)
         says = " ".join(
             f'{n} says: "{_text(s, names)}."' for n, s in zip(names, drawn, strict=True)
@@ -68,8 +94,7 @@ class Knights(GeneratedTask):
             f"always lies. You meet {_listing(names)}. {says} Who is what? Answer with 'NAME is a "
             "knight' or 'NAME is a knave' for each of them, separated by commas."
         )
-        data = {"names": names, "kinds": kinds, "statements": drawn}
-        return Problem(id, question, _assignment(names, kinds), difficulty, data)
+        return Problem(id, question, _assignment(names, kinds), difficulty, data | {"names": names})
 
     def verify(self, problem: Problem, answer: str) -> bool:
         return parse_assignment(answer, problem.data["names"]) == problem.data["kinds"]
@@ -141,8 +166,10 @@ def _assign(kinds: dict[str, bool], names: list[str], role: bool) -> None:
             raise Unparsed(f"{name} cannot be both a knight and a knave")
 
 
-def _draw_statement(rng: random.Random, speaker: int, people: int) -> Statement:
-    kind = rng.choice(_KINDS)
+def _draw_statement(
+    rng: random.Random, speaker: int, people: int, kinds: Sequence[str]
+) -> Statement:
+    kind = rng.choice(kinds)
     if kind == "is":
         other = rng.choice([p for p in range(people) if p != speaker])
         return ("is", other, rng.random() < 0.5)
@@ -219,9 +246,25 @@ def _text(statement: Statement, names: list[str]) -> str:
     raise ValueError(f"{statement} is not a statement")
 
 
+def _terse(statement: Statement, names: list[str]) -> str:
+    match statement:
+        case ("is", person, knight):
+            return f"{names[person]} {_role(knight)}"
+        case ("not", (kind, a, b)):
+            return f"not {_terse((kind, a, b), names)}"
+        case ("and" | "or" | "iff" | "if" as kind, a, b):
+            return f"{kind} {_terse(a, names)} {_terse(b, names)}"
+        case (kind, count):
+            return f"{kind} {count}"
+    raise ValueError(f"{statement} is not a statement")
+
+
+def _role(kind: bool) -> str:
+    return "knight" if kind else "knave"
+
+
 def _assignment(names: list[str], kinds: tuple[bool, ...]) -> str:
-    roles = ("knight" if kind else "knave" for kind in kinds)
-    return ", ".join(f"{name} is a {role}" for name, role in zip(names, roles, strict=True))
+    return ", ".join(f"{name} is a {_role(kind)}" for name, kind in zip(names, kinds, strict=True))
 
 
 def _listing(names: list[str]) -> str:

@@ -128,3 +128,17 @@ def test_a_config_makes_the_task_its_fields_describe():
     assert made.size("test") == 512
     with pytest.raises(ValueError, match="'max_products' is not 'name=value'"):
         tasks.make(dataclasses.replace(config, options=("max_products",)))
+
+
+def test_a_few_training_problems():
+    """The first of the endless stream, always the same; the test side does not follow."""
+    few, endless = (tasks.make(tasks.TaskConfig(train_size=n, test_size=8)) for n in (3, 0))
+    assert few.size("train") == 3 and endless.size("train") is None
+    for split, count in (("train", 3), ("test", 8)):
+        assert [few.problem(split, i) for i in range(count)] == [
+            endless.problem(split, i) for i in range(count)
+        ]
+    with pytest.raises(IndexError, match="no train problem 3; its size is 3"):
+        few.problem("train", 3)
+    with pytest.raises(ValueError, match="train_size=-1 must not be negative"):
+        tasks.make("arithmetic", train_size=-1)

@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from research import tasks
-from research.tasks.knights import parse_assignment, solutions
+from research.tasks.knights import NAMES as NAMES_IN_ORDER
+from research.tasks.knights import WORDS, parse_assignment, solutions
 
 TASK = tasks.make("knights")
 NAMES = ["Ada", "Ben", "Cleo"]
@@ -144,6 +145,43 @@ def test_exactly_one_assignment_is_right_and_votes_see_through_spelling():
         written = "; ".join(f"{n}: {r}" for n, r in zip(names, roles, strict=True))
         assert TASK.verify(problem, written) == (world == kinds)
         assert (TASK.canonical(problem, written) == problem.answer) == (world == kinds)
+
+
+def test_terse_problems_are_the_same_problems_in_few_words():
+    terse = tasks.make("knights", terse=True)
+    kinds = set()
+    for index in range(60):
+        problem, prose = terse.problem("train", index), TASK.problem("train", index)
+        assert problem.data["statements"] == prose.data["statements"]
+        assert problem.data["names"] == NAMES_IN_ORDER[: problem.difficulty]
+        assert set(problem.question.split()) | set(problem.answer.split()) <= set(WORDS)
+        assert terse.verify(problem, problem.answer)
+        *rest, last = problem.answer.split()
+        other = {"knight": "knave", "knave": "knight"}[last]
+        assert not terse.verify(problem, " ".join([*rest, other]))
+        kinds |= {s[0] for s in problem.data["statements"]}
+    assert len(kinds) == 9
+    statements = [
+        ("not", ("and", ("is", 1, True), ("is", 2, False))),
+        ("at least", 2),
+        ("is", 0, False),
+    ]
+    drawn = terse.build(statements, "id", 3, _Fixed())
+    assert (
+        drawn.question
+        == "Ada : not and Ben knight Cleo knave . Ben : at least 2 . Cleo : Ada knave ?"
+    )
+    assert drawn.answer == "Ada knight Ben knave Cleo knave"
+
+
+def test_only_some_kinds_of_statements():
+    few = tasks.make(tasks.TaskConfig("knights", options=("kinds=('is','and')", "terse=True")))
+    assert {s[0] for i in range(40) for s in few.problem("train", i).data["statements"]} == {
+        "is",
+        "and",
+    }
+    with pytest.raises(ValueError, match="kinds=.*'maybe'.*there are is, not"):
+        tasks.make("knights", kinds=("is", "maybe"))
 
 
 class _Fixed:

@@ -1,0 +1,11 @@
+"""REINFORCE++'s claims, its theorem by simulation and its tables by training tiny decoders.
+
+`cpu`: minutes each, at least five seeds. `gpu`: the same rows from a Hugging Face directory given by --init_from
+(Qwen2.5-0.5B or 1.5B), on generated tasks, for one accelerator.
+"""
+
+from experiments.tables.reinforce_pp import bias
+
+TABLES = {
+    "bias": bias.TABLE,
+}
