@@ -38,7 +38,7 @@ kernels-check:
 .kernels-check: $(VENV)/.installed-kernels
 	$(BIN)/python -m pallas_kernels.check $(ARGS)
 
-# Sampling, a GRPO step, tokenising and packing beside public rivals on the same work.
+# Sampling, GRPO, RLOO and PPO steps, tokenising and packing beside public rivals on the same work.
 bench: $(VENV)/.installed-all
 	$(BIN)/python -m experiments.bench $(ARGS)
 

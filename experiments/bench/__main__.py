@@ -1,6 +1,6 @@
 """All benchmarks beside their public rivals, as one table.
 
-    python -m experiments.bench [--only=sampling,grpo,updates,data,hybrid] [--out=experiments/results/bench]
+    python -m experiments.bench [--only=sampling,grpo,ppo,updates,data,hybrid] [--out=experiments/results/bench]
 
 All is measured on the CPU, each benchmark in a process of its own (minutes, on two idle cores). The figures and what
 they depended on go to <out>/cpu.json. A benchmark that fails, or whose two sides did unlike work, is named below the
@@ -23,7 +23,7 @@ from experiments.bench import measure
 from research.core import mesh as meshes
 from research.core import provenance
 
-BENCHMARKS = ("sampling", "grpo", "updates", "data", "hybrid")
+BENCHMARKS = ("sampling", "grpo", "ppo", "updates", "data", "hybrid")
 SAMPLING_GOALS = {1: 10.0, 32: 5.0, 256: 4.0}  # by batch
 TIME_LIMIT = 1200  # seconds for one benchmark
 

@@ -1,12 +1,13 @@
-"""A GRPO step beside TRL's `GRPOTrainer`: sampling, grading, and one update.
+"""GRPO and RLOO steps beside TRL's `GRPOTrainer` and `RLOOTrainer`: sampling, grading, and one update.
 
     python -m experiments.bench.grpo [--rounds=9] [--json=grpo.json]
 
 Both train the same 0.76 M-parameter Qwen2 from the same weights on the same prompts: 8 x 8 responses of exactly 50
-tokens, one update per rollout (strictly on-policy, so neither scores the responses before the update), GRPO loss
-without KL term, AdamW, clipped gradients, and one reward function, our `Rewarder`. Ours runs through the general
-trainer. TRL runs through `GRPOTrainer.train()` at its fastest settings here: generation by transformers, no gradient
-checkpointing, one micro-batch, nothing logged. Steps are taken in turns.
+tokens, one update per rollout, AdamW, clipped gradients, and one reward function, our `Rewarder`. GRPO is strictly
+on-policy and without KL term, so neither side scores the responses before the update; RLOO has KL in the reward, so
+both score them under policy and reference. Ours runs through the general trainer, TRL through `train()` at its fastest
+settings here: generation by transformers, no gradient checkpointing, one micro-batch, nothing logged. Steps are taken
+in turns.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import pathlib
 import tempfile
 import time
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,12 @@ from research.tasks import TaskConfig, make
 LEARNING_RATE, CLIP_NORM = 1e-6, 1.0
 # Untrained weights never answer: a coin gives advantages to learn from.
 REWARD = RewardConfig(random=0.5)
+KL_COEF = 0.05  # where there is a KL term: TRL's default for RLOO
+# estimator: (our loss, TRL's trainer and the settings that are its own)
+SIDES: dict[str, tuple[LossConfig, str, dict[str, Any]]] = {
+    "grpo": (LossConfig(kl_coef=0.0), "GRPO", {"loss_type": "grpo", "beta": 0.0}),
+    "rloo": (LossConfig(kl_coef=KL_COEF), "RLOO", {"beta": KL_COEF}),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,25 +70,30 @@ def rows(setting: Setting = Setting(), rounds: int = 9) -> list[measure.Row]:
     with tempfile.TemporaryDirectory() as directory:
         directory = pathlib.Path(directory)
         write_model(setting.model, directory / "model")
-        ours = Ours(setting, directory)
-        rival_name = measure.missing("torch", "transformers", "trl")
-        rival = rival_work = None
-        if rival_name:
-            (seconds,) = measure.alternate([ours], rounds, warm_up=2)
-        else:
-            seconds, rival, rival_work, rival_name = against_trl(ours, setting, directory, rounds)
-    return [
-        measure.row(
-            f"GRPO step, {setting.responses} x {setting.new_tokens} tokens",
-            seconds,
-            rival,
-            our_work=ours.work,
-            rival_work=rival_work,
-            rival_name=rival_name,
-            goal=3.0,
-            bound="the matmuls of the update on two cores, two thirds of the step",
+        return [compare(name, setting, directory, rounds) for name in SIDES]
+
+
+def compare(estimator: str, setting: Setting, directory: pathlib.Path, rounds: int) -> measure.Row:
+    loss, name, own = SIDES[estimator]
+    ours = Ours(setting, directory, estimator=estimator, loss=loss)
+    rival_name = measure.missing("torch", "transformers", "trl")
+    rival = rival_work = None
+    if rival_name:
+        (seconds,) = measure.alternate([ours], rounds, warm_up=2)
+    else:
+        seconds, rival, rival_work, rival_name = against_trl(
+            ours, name, own, setting, directory, rounds
         )
-    ]
+    return measure.row(
+        f"{name} step, {setting.responses} x {setting.new_tokens} tokens",
+        seconds,
+        rival,
+        our_work=ours.work,
+        rival_work=rival_work,
+        rival_name=rival_name,
+        goal=3.0,
+        bound="the matmuls of the update on two cores, two thirds of the step",
+    )
 
 
 def write_model(config: DecoderConfig, directory: pathlib.Path, never_ends: bool = True) -> None:
@@ -114,7 +127,7 @@ def never_ending(params, end: int):
 class Ours:
     """One step of the general trainer at each call, until its metrics are on the host."""
 
-    def __init__(self, setting: Setting, directory: pathlib.Path):
+    def __init__(self, setting: Setting, directory: pathlib.Path, **changes):
         config = rl.Config(
             mesh=f"data={setting.devices}",
             init_from=str(directory / "model"),
@@ -127,16 +140,18 @@ class Ours:
                 max_prompt=setting.prompt_tokens,
                 max_new_tokens=setting.new_tokens,
             ),
-            loss=LossConfig(aggregation="grpo", kl_coef=0.0),
             micro_rows=min(4, setting.responses // setting.devices),
             optim=OptimConfig(name="adamw", lr=LEARNING_RATE, clip_norm=CLIP_NORM),
             eval=rl.EvalConfig(problems=0),
             save_samples_every=0,
+            **changes,
         )
-        self.trainer = rl.build(config, directory / "ours")
+        self.trainer = rl.build(config, directory / config.estimator)
         self.state = self.trainer.init()
         self.step = 0
         self.work: measure.Work = {}
+        self.batch: dict[str, Any] = {}
+        self.metrics: dict[str, float] = {}
         self._task = make(setting.task)
         self._setting = setting
 
@@ -144,21 +159,28 @@ class Ours:
         batch, host = self.trainer.collect(self.state, self.step)
         self.state, device = self.trainer.step(self.state, batch)
         jax.block_until_ready(self.state)
-        metrics = host | metrics_lib.to_floats(device)
+        self.batch, self.metrics = batch, host | metrics_lib.to_floats(device)
         self.step += 1
         responses = self._setting.responses
-        self.work = _work(
+        self.work = work(
             [self.question(self.step - 1, i) for i in range(self._setting.prompts)],
             responses=int(sum((b["segment_ids"].max(axis=1)).sum() for b in batch["minibatches"])),
-            new=round(metrics["rollout/length"] * responses),
-            total=int(metrics["tokens"]),
+            new=round(self.metrics["rollout/length"] * responses),
+            total=int(self.metrics["tokens"]),
         )
 
     def question(self, step: int, place: int) -> str:
         return self._task.problem("train", step * self._setting.prompts + place).question
 
 
-def against_trl(ours: Ours, setting: Setting, directory: pathlib.Path, rounds: int):
+def against_trl(
+    ours: Ours,
+    name: str,
+    own: dict[str, Any],
+    setting: Setting,
+    directory: pathlib.Path,
+    rounds: int,
+):
     """(our seconds, TRL's seconds, its work, its name): a step of ours before each of TRL's."""
     import datasets
     import torch
@@ -174,7 +196,7 @@ def against_trl(ours: Ours, setting: Setting, directory: pathlib.Path, rounds: i
     seen: dict[str, measure.Work] = {}
 
     def reward(prompts, completions, completion_ids, problem, **_):
-        seen["last"] = _work(
+        seen["last"] = work(
             prompts[:: setting.group_size],
             responses=len(completions),
             new=sum(map(len, completion_ids)),
@@ -201,7 +223,7 @@ def against_trl(ours: Ours, setting: Setting, directory: pathlib.Path, rounds: i
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = trl.GRPOTrainer(
+        trainer = getattr(trl, f"{name}Trainer")(
             model=transformers.AutoModelForCausalLM.from_pretrained(
                 directory / "model", dtype=torch.float32
             ),
@@ -211,7 +233,7 @@ def against_trl(ours: Ours, setting: Setting, directory: pathlib.Path, rounds: i
                 [{"prompt": p.question, "problem": i} for i, p in enumerate(problems)]
             ),
             callbacks=[Turns()],
-            args=trl.GRPOConfig(
+            args=getattr(trl, f"{name}Config")(
                 output_dir=str(directory / "trl"),
                 max_steps=steps,
                 per_device_train_batch_size=setting.responses,
@@ -222,8 +244,6 @@ def against_trl(ours: Ours, setting: Setting, directory: pathlib.Path, rounds: i
                 temperature=1.0,
                 top_p=1.0,
                 top_k=0,
-                beta=0.0,
-                loss_type="grpo",
                 num_iterations=1,
                 learning_rate=LEARNING_RATE,
                 lr_scheduler_type="constant",
@@ -235,14 +255,15 @@ def against_trl(ours: Ours, setting: Setting, directory: pathlib.Path, rounds: i
                 save_strategy="no",
                 report_to=[],
                 disable_tqdm=True,
+                **own,
             ),
         )
         trainer.train()
-    name = f"TRL {trl.__version__}, PyTorch {torch.__version__}"
-    return our_seconds[warm_up:], seconds[warm_up:], seen["last"], name
+    versions = f"TRL {trl.__version__}, PyTorch {torch.__version__}"
+    return our_seconds[warm_up:], seconds[warm_up:], seen["last"], versions
 
 
-def _work(questions: list[str], *, responses: int, new: int, total: int) -> measure.Work:
+def work(questions: list[str], *, responses: int, new: int, total: int) -> measure.Work:
     digest = hashlib.sha256("\n".join(questions).encode()).hexdigest()[:12]
     return {"prompts": digest, "responses": responses, "new tokens": new, "tokens": total}
 

@@ -122,13 +122,17 @@ class Ours:
 
     def sequences(self) -> list[dict[str, np.ndarray]]:
         """The packed sequences of the batch, one by one."""
-        packed = self.batch["minibatches"][0] if "minibatches" in self.batch else self.batch
-        found = []
-        for row, segments in enumerate(packed["segment_ids"]):
-            for segment in range(1, int(segments.max()) + 1):
-                place = segments == segment
-                found.append({k: x[row][place] for k, x in packed.items() if k != "num_micro"})
-        return found
+        return unpacked(self.batch["minibatches"][0] if "minibatches" in self.batch else self.batch)
+
+
+def unpacked(rows: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The sequences of packed rows, one by one."""
+    found = []
+    for row, segments in enumerate(rows["segment_ids"]):
+        for segment in range(1, int(segments.max()) + 1):
+            place = segments == segment
+            found.append({k: x[row][place] for k, x in rows.items() if k != "num_micro"})
+    return found
 
 
 def lm_trainer(setting: Setting, directory: pathlib.Path, devices: int) -> tuple[Trainer, Any]:

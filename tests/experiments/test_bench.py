@@ -7,7 +7,7 @@ import math
 import pytest
 
 from experiments.bench import __main__ as everything
-from experiments.bench import data, grpo, hybrid, measure, updates
+from experiments.bench import data, grpo, hybrid, measure, ppo, updates
 from experiments.bench.study import STUDY
 
 TINY = dataclasses.replace(STUDY, hidden_size=32, num_layers=1, mlp_size=64, head_dim=8)
@@ -98,23 +98,36 @@ def quiet():
         yield
 
 
+STEP = grpo.Setting(TINY, prompts=2, group_size=2, prompt_tokens=5, new_tokens=7)
+
+
 @pytest.mark.parity
-def test_grpo_step_beside_trl(quiet):
-    setting = grpo.Setting(TINY, prompts=2, group_size=2, prompt_tokens=5, new_tokens=7)
-    (r,) = grpo.rows(setting, rounds=1)
-    assert r.work["responses"] == 4 and r.work["new tokens"] == 4 * 7
-    assert r.work["tokens"] == 4 * (5 + 7)
-    assert "TRL" in r.rival_name and math.isfinite(r.ratio)
+def test_grpo_and_rloo_steps_beside_trl(quiet):
+    rows = grpo.rows(STEP, rounds=1)
+    assert [r.what for r in rows] == ["GRPO step, 4 x 7 tokens", "RLOO step, 4 x 7 tokens"]
+    for r in rows:
+        assert r.work["responses"] == 4 and r.work["new tokens"] == 4 * 7
+        assert r.work["tokens"] == 4 * (5 + 7)
+        assert "TRL" in r.rival_name and math.isfinite(r.ratio)
 
 
 @pytest.mark.parity
 def test_grpo_refuses_unlike_work(quiet, monkeypatch):
-    setting = grpo.Setting(TINY, prompts=2, group_size=2, prompt_tokens=5, new_tokens=7)
     monkeypatch.setattr(
         grpo.Ours, "question", lambda self, step, place: "another problem"
     )  # as if ours had been asked other ones
     with pytest.raises(measure.UnlikeWork):
-        grpo.rows(setting, rounds=1)
+        grpo.rows(STEP, rounds=1)
+
+
+@pytest.mark.parity
+def test_ppo_step_beside_pytorch(quiet, monkeypatch):
+    step, part = ppo.rows(STEP, rounds=1)
+    assert step.work["tokens"] == 4 * (5 + 7) and math.isfinite(step.ratio)
+    assert part.rival == step.ours > part.ours
+    monkeypatch.setattr(ppo, "LAM", 0.5)  # of the rival alone
+    with pytest.raises(measure.UnlikeWork, match="PPO step: grad_norm"):
+        ppo.rows(STEP, rounds=1)
 
 
 @pytest.mark.parity
