@@ -29,6 +29,7 @@ from research.core import loop, mesh, provenance
 KINDS = {  # a config's `kind` → the module with its `Config`, and `build` (a loop.Trainer) or `main` (several)
     "lm": "research.lm.trainer",
     "dpo": "research.lm.dpo",
+    "reward_model": "research.lm.reward_model",
     "rl": "research.rl.trainer",
     "stages": "experiments.stages",
     "quickstart": "experiments.quickstart",

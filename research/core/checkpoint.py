@@ -262,6 +262,18 @@ def load_params(
     `directory` is a run's, or its checkpoints'. `step` None takes the newest readable checkpoint,
     'best' the best one by the metric the run was told to keep. Raises CheckpointError.
     """
+    return _newest(directory, step, _read_params)
+
+
+def load_metrics(
+    directory: str | os.PathLike, step: int | Literal["best"] | None = None
+) -> dict[str, float]:
+    """The metrics that were saved with a checkpoint, chosen as by `load_params`. Raises CheckpointError."""
+    return _newest(directory, step, lambda where: _read_meta(where)["metrics"])
+
+
+def _newest(directory: str | os.PathLike, step: Any, read: Callable[[pathlib.Path], Any]) -> Any:
+    """`read` of the newest checkpoint that it can read, or of the one asked for."""
     directory = pathlib.Path(directory).absolute()
     if (directory / "checkpoints").is_dir():
         directory = directory / "checkpoints"
@@ -273,9 +285,9 @@ def load_params(
         steps = [s for s in steps if s == step]
     for candidate in steps:
         where = directory / str(candidate)
-        params = _attempt(where, lambda where=where: _read_params(where))
-        if params is not _UNREADABLE:
-            return params
+        found = _attempt(where, lambda where=where: read(where))
+        if found is not _UNREADABLE:
+            return found
     asked = "" if step is None else f" for step {step!r}"
     raise CheckpointError(f"No readable checkpoint{asked} in {directory}")
 

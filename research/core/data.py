@@ -30,7 +30,7 @@ from research.core.sources import DataError, Record, SourceConfig, Tokenized, op
 __all__ = ["DataConfig", "DataError", "SourceConfig", "batches", "from_examples", "pipeline"]
 
 # An example: 'tokens' int32 [n], 'loss_mask' [n], 1 where the token is one to learn to predict. It may
-# bring 'segment_ids' [n] (1, 2, … and 0 for padding), if it is not packed, split or truncated.
+# bring 'segment_ids' [n] (1, 2, … and 0 for padding) and 'labels' float32 [n], if it is not packed, split or truncated.
 Example = Mapping[str, np.ndarray]
 Tokenize = Callable[[Record], Example]  # deterministic; picklable if there are workers
 
@@ -279,8 +279,9 @@ class _Fit(grain.experimental.FlatMapTransform):
                 "one length"
             )
         arrays = {"tokens": tokens, "loss_mask": mask}
-        if "segment_ids" in example:
-            arrays["segment_ids"] = np.asarray(example["segment_ids"], np.int32)
+        for name, dtype in (("segment_ids", np.int32), ("labels", np.float32)):
+            if name in example:
+                arrays[name] = np.asarray(example[name], dtype)
         if len(tokens) <= self._length:
             starts = [0]
         elif self._overlong == "split":
@@ -321,6 +322,8 @@ def _pad(example: Example, seq_len: int) -> dict[str, np.ndarray]:
         "positions": positions,
         "loss_mask": _predicted(example["loss_mask"], positions),
     }
+    if "labels" in example:
+        row["labels"] = example["labels"]
     return {name: np.pad(x, (0, seq_len - length)) for name, x in row.items()}
 
 

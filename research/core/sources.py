@@ -1,9 +1,9 @@
 """Files of records with random access: JSON lines, Parquet and plain text.
 
 A source is a sequence of records: {'text': str} for documents, {'prompt': …, 'response': str} for
-pairs, {'prompt': …, 'chosen': str, 'rejected': str} for preferences. Opening one reads it through
-once, so that a malformed line, a missing key or a missing file stops a run before it starts, with
-the file, the line and what to do in the message.
+pairs, which may have a 'label', {'prompt': …, 'chosen': str, 'rejected': str} for preferences.
+Opening one reads it through once, so that a malformed line, a missing key or a missing file stops
+a run before it starts, with the file, the line and what to do in the message.
 
 Sources are small and picklable, as data loaders' worker processes need: they hold byte offsets
 and reopen their file where they are used.
@@ -11,6 +11,7 @@ and reopen their file where they are used.
 
 import glob
 import json
+import math
 import mmap
 import os
 import pathlib
@@ -34,8 +35,8 @@ class DataError(ValueError):
 class SourceConfig:
     """Where records come from: one of three kinds, told by the keys that are set.
 
-    `text_key` alone: documents; `prompt_key` and `response_key`: pairs; `prompt_key`, `chosen_key`
-    and `rejected_key`: preferences.
+    `text_key` alone: documents; `prompt_key` and `response_key`: pairs, graded ones with `label_key`
+    too; `prompt_key`, `chosen_key` and `rejected_key`: preferences.
 
     `path` is a file or a pattern like 'data/*.jsonl' (files in sorted order). `format`:
 
@@ -45,7 +46,7 @@ class SourceConfig:
     - 'text': documents separated by blank lines; no keys.
 
     Texts and responses are strings. A prompt is a string, or a list of chat messages
-    ({'role': …, 'content': …}).
+    ({'role': …, 'content': …}). A label is a finite number, or true or false.
 
     `weight` is the source's share of examples in a mixture (not of tokens), to within one per cent.
     `weights` makes it a share of packed rows, thus of tokens, that changes in the course of a run:
@@ -58,6 +59,7 @@ class SourceConfig:
     text_key: str = ""
     prompt_key: str = ""
     response_key: str = ""
+    label_key: str = ""
     chosen_key: str = ""
     rejected_key: str = ""
     weight: float = 1.0
@@ -283,22 +285,22 @@ class _mapped:
 
 def _keys(config: SourceConfig) -> dict[str, str]:
     text, prompt, response = config.text_key, config.prompt_key, config.response_key
-    choice = (config.chosen_key, config.rejected_key)
+    choice, label = (config.chosen_key, config.rejected_key), config.label_key
     if config.format == "text":
-        if text or prompt or response or any(choice):
+        if text or prompt or response or label or any(choice):
             raise ValueError(f"source {config.path!r}: the format 'text' has no keys; remove them")
         return {"text": "text"}
-    if text and not (prompt or response or any(choice)):
+    if text and not (prompt or response or label or any(choice)):
         return {"text": text}
     if prompt and response and not (text or any(choice)):
-        return {"prompt": prompt, "response": response}
-    if prompt and all(choice) and not (text or response):
+        return {"prompt": prompt, "response": response} | ({"label": label} if label else {})
+    if prompt and all(choice) and not (text or response or label):
         return {"prompt": prompt, "chosen": choice[0], "rejected": choice[1]}
     raise ValueError(
         f"source {config.path!r}: set text_key (documents), or both prompt_key and response_key "
-        f"(pairs), or prompt_key, chosen_key and rejected_key (preferences); got text_key={text!r}, "
-        f"prompt_key={prompt!r}, response_key={response!r}, chosen_key={choice[0]!r}, "
-        f"rejected_key={choice[1]!r}"
+        f"(pairs, with label_key if they are graded), or prompt_key, chosen_key and rejected_key "
+        f"(preferences); got text_key={text!r}, prompt_key={prompt!r}, response_key={response!r}, "
+        f"label_key={label!r}, chosen_key={choice[0]!r}, rejected_key={choice[1]!r}"
     )
 
 
@@ -331,6 +333,12 @@ def _select(record: Mapping[str, Any], keys: Mapping[str, str], where: str) -> R
                         f"{where}: {key!r} is a list, so it must hold messages with 'role' and "
                         f"'content'; found {str(message)[:80]}"
                     )
+        elif name == "label":
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise DataError(
+                    f"{where}: {key!r} is {value!r}, not a finite number; repair the record or delete it"
+                )
+            value = float(value)
         elif not isinstance(value, str):
             kind = "null" if value is None else type(value).__name__
             raise DataError(

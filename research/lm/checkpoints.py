@@ -14,6 +14,7 @@ from research.lm.tokenizer import Tokenizer
 
 _MODEL = "model"
 _DECODER = "decoder.json"
+_REWARD_MODEL = "reward_model.json"
 _CHECKPOINTS = "checkpoints"
 
 
@@ -49,6 +50,11 @@ def load(
         params = checkpoint.load_params(directory / _CHECKPOINTS, step)
         params = int8.quantize(params) if quantize else params
         return model, params, Tokenizer.load(directory / _MODEL)
+    if reward_model_file(directory).exists():
+        raise ValueError(
+            f"{directory} is a reward model, which predicts no tokens; use it as reward_model.path of an RL run, or "
+            "as init_from of another reward model"
+        )
     if not (directory / "config.json").exists():
         raise ValueError(
             f"{directory} is no model: it has neither {_MODEL}/{_DECODER} (a run of this codebase) nor config.json "
@@ -60,3 +66,8 @@ def load(
         )
     model, params = hf.load(directory, quantize=quantize)
     return model, params, Tokenizer.load(directory)
+
+
+def reward_model_file(source: str | pathlib.Path) -> pathlib.Path:
+    """Where a run that trains a reward model (`research.lm.reward_model`) describes it."""
+    return pathlib.Path(source) / _MODEL / _REWARD_MODEL

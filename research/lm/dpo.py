@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import math
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from research.core import data as pipelines
 from research.core import mesh as meshes
@@ -211,7 +211,8 @@ class _Run:
                 loss, self.optimizer, grid, self.rules, micro_rows=micro_rows, batch_axes=axes
             )
         self.forward = step.evaluation(loss, grid, micro_rows=micro_rows, batch_axes=axes)
-        self.score = _scorer(model, grid, axes, config.micro_rows)
+        logprobs = lambda params, rows: _pair_logprobs(model, params, rows)[0]  # noqa: E731
+        self.score = scorer(logprobs, grid, axes, config.micro_rows)
         self.place = lambda batch: sharding.place_rows(batch, grid, axes)
 
     def trainer(self) -> Trainer:
@@ -236,7 +237,7 @@ class _Run:
 
     def collect(self, state: TrainState, at: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         del state, at
-        batch, _ = _to_batch(rows := next(self.iterator))
+        batch, _ = to_batch(rows := next(self.iterator))
         return batch, {"fill": float((rows["segment_ids"] > 0).mean())}
 
     def step(self, state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
@@ -246,7 +247,7 @@ class _Run:
         """Means over the held-out pairs."""
         total, pairs = {}, 0.0
         for rows in itertools.islice(iter(self.held_out), self.config.eval_batches or None):
-            batch, count = _to_batch(rows)
+            batch, count = to_batch(rows)
             _, metrics = self.forward(state.params, self._with_reference(state, batch))
             names = ("loss", "accuracy", "margin", "reward/chosen", "reward/rejected")
             for name in names:
@@ -284,7 +285,7 @@ def _loss(config: Config, model: Decoder, params: Any, batch: dict[str, jax.Arra
     return loss + balance, metrics | more
 
 
-def _to_batch(rows: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
+def to_batch(rows: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
     """Rows of the pipeline → what the loss takes, and the pairs in the global batch."""
     there = rows["loss_mask"].any(axis=1).astype(np.float32)
     count = float(there.sum())
@@ -302,8 +303,16 @@ def _pair_logprobs(model: Decoder, params: Any, batch: dict[str, jax.Array]) -> 
     return jnp.sum(scores.logprobs_BT * rows["loss_mask"], axis=1).reshape(R, 2), scores
 
 
-def _scorer(model: Decoder, grid, axes: tuple[str, ...], micro_rows: int):
-    """`score(params, batch) -> float32 [R, 2]`, `micro_rows` pairs of a device at a time."""
+def scorer(
+    function: Callable[[Any, dict[str, jax.Array]], jax.Array],
+    grid: Mesh,
+    axes: tuple[str, ...],
+    micro_rows: int,
+) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
+    """`score(params, batch) -> [R, …]`, from `function(params, rows)`, which gives [rows, …] of some of the rows.
+
+    A device computes `micro_rows` rows at a time (0: all of its share).
+    """
     mapped = tuple(grid.shape) == ("data",)
     shards = 1 if mapped else math.prod(grid.shape[axis] for axis in axes)
 
@@ -315,9 +324,9 @@ def _scorer(model: Decoder, grid, axes: tuple[str, ...], micro_rows: int):
             x = x.reshape(shards, share // micro, micro, *x.shape[1:]).swapaxes(0, 1)
             return x.reshape(share // micro, shards * micro, *x.shape[3:])
 
-        part = lambda part: _pair_logprobs(model, params, part)[0]  # noqa: E731
-        out = lax.map(part, jax.tree.map(split, batch))
-        return out.reshape(-1, shards, micro, 2).swapaxes(0, 1).reshape(-1, 2)
+        out = lax.map(lambda rows: function(params, rows), jax.tree.map(split, batch))
+        each = out.shape[2:]
+        return out.reshape(-1, shards, micro, *each).swapaxes(0, 1).reshape(-1, *each)
 
     if mapped:
         specs = (PartitionSpec(), PartitionSpec("data"))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.lm.decoder import Decoder
+from research.lm.moe import RouterStats
 
 
 def init(params: Any, hidden_size: int) -> dict[str, Any]:
@@ -24,10 +25,22 @@ def token_values(
     So it lies beside the token's log-probability, and has not seen the token. 0 at the first token of a segment and at
     padding (segment 0).
     """
+    values_BT, _ = outputs(model, params, tokens_BT, positions, segment_ids)
+    follows_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]) > 0, tokens_BT.shape)
+    if segment_ids is not None:
+        same = segment_ids[:, 1:] == segment_ids[:, :-1]
+        follows_BT &= jnp.pad(same, ((0, 0), (1, 0))) & (segment_ids > 0)
+    return jnp.where(follows_BT, jnp.roll(values_BT, 1, axis=1), 0.0)
+
+
+def outputs(
+    model: Decoder, params: Any, tokens_BT: jax.Array, positions=None, segment_ids=None
+) -> tuple[jax.Array, RouterStats | None]:
+    """The head's number at each token, which it has seen, [B, T] float32 (anything at padding); router statistics."""
     c = model.config
     # The decoder declares its output head even where it is not used; the compiler drops this one.
     unused = {"kernel": jnp.zeros((c.hidden_size, c.vocab_size), c.dtype)}
-    hidden_BTD, _ = model.apply(
+    hidden_BTD, collected = model.apply(
         {"params": {"head": unused} | params["decoder"]},
         tokens_BT,
         positions,
@@ -37,8 +50,4 @@ def token_values(
     )
     head = params["value"]
     values_BT = hidden_BTD.astype(jnp.float32) @ head["kernel"] + head["bias"]
-    follows_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]) > 0, tokens_BT.shape)
-    if segment_ids is not None:
-        same = segment_ids[:, 1:] == segment_ids[:, :-1]
-        follows_BT &= jnp.pad(same, ((0, 0), (1, 0))) & (segment_ids > 0)
-    return jnp.where(follows_BT, jnp.roll(values_BT, 1, axis=1), 0.0)
+    return values_BT, collected["router"]["stats"][0] if c.moe else None
