@@ -53,8 +53,10 @@ def _one_cloud(points_N3: jax.Array, start: jax.Array, count: int) -> jax.Array:
         last = jnp.where(nearest == farthest, index, N - 1).min(0).min()
         return last, nearest, chosen_K.at[k].set(last)
 
-    nearest = jnp.where(index < N, jnp.inf, -1.0)  # padding is never the farthest
-    chosen_K = jnp.zeros(count, jnp.int32).at[0].set(start)
+    # Made like the points, so that inside shard_map they vary over the devices as these do.
+    start += jnp.full_like(points_N3, 0, jnp.int32, ())
+    chosen_K = jnp.full_like(points_N3, 0, jnp.int32, (count,)).at[0].set(start)
+    nearest = jnp.where(index < N, jnp.full_like(x, jnp.inf), -1.0)  # padding is never the farthest
     return jax.lax.fori_loop(1, count, add, (start, nearest, chosen_K))[2]
 
 
