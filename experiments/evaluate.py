@@ -135,7 +135,8 @@ def measure() -> tuple[dict[str, float], dict]:
     )
     with Rewarder(reward, task) as rewarder:
         chat = _CHAT.value or bool(config and config.rollout.chat)
-        actor = Actor(sampler, tokenizer, rewarder, TEMPLATES.get(template, template), chat)
+        template = TEMPLATES.get(template, template)
+        actor = Actor(sampler, tokenizer, rewarder, template, chat, rollout.tools)
         actor.check(task, _SPLIT.value, problems)
         figures, episodes = evaluate(
             actor,

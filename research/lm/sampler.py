@@ -1,11 +1,13 @@
 """Samples completions: shared prefill, a ring cache, and slots refilled as sequences finish.
 
-The host decides who sits where; the device runs programs of a closed set of shapes (`slots.py`):
+The host decides who sits where (`seating.py`); the device runs programs of a closed set of shapes (`slots.py`):
 
 * `prefill`: prompts padded on the left to a bucket → their keys, values and last logits. A prompt is
   run once (per shard that needs it), and all its samples start from copies.
 * `decode`: up to so many tokens for all slots in one loop, which ends early when all rows are done or
   enough have finished to be worth refilling.
+
+* `resume`: rows that paused go on from the cache they have, with what the host gives them to read.
 
 The cache is a ring all rows of a shard write at together. It starts short and grows in a few steps to
 its full length, because attention costs what the ring's length is.
@@ -24,29 +26,15 @@ from research.lm import slots as programs
 from research.lm.config import DecoderConfig
 from research.lm.decoder import Decoder
 from research.lm.sampling import Policy, Sampling
+from research.lm.seating import Completions, Pauses, Run
 from research.lm.slots import Slots, Weights
 
-__all__ = ["Completions", "Sampler", "Sampling"]
+__all__ = ["Completions", "Pauses", "Sampler", "Sampling"]
 
 RING_STEPS = 4  # lengths the ring takes as it grows,
 RING_UNIT = 16  # in multiples of this many tokens,
 RING_ROWS = 8  # if there are at least so many rows; below, attention costs little
 SMALLEST_BUCKET = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Completions:
-    """What was sampled, in NumPy; rows are prompt-major, sample-minor."""
-
-    tokens: np.ndarray  # int32 [N, max_new_tokens], stop id included, then 0
-    lengths: np.ndarray  # int32 [N]
-    logprobs: np.ndarray  # float32 [N, max_new_tokens], over the whole vocabulary, at temperature
-    truncated_logprobs: np.ndarray  # the same over what top-k, top-p, min-p, suppression left
-    stopped: np.ndarray  # bool [N]; False = cut at max_new_tokens
-
-    @property
-    def sequences(self) -> list[np.ndarray]:
-        return [row[:n] for row, n in zip(self.tokens, self.lengths, strict=True)]
 
 
 class Sampler:
@@ -95,8 +83,13 @@ class Sampler:
         longest += self.buckets[-1] - max_prompt
         self.prefill_sizes = _powers(4, 1, self.rows)
         steps = RING_STEPS if self.rows >= RING_ROWS else 1
-        lengths = (-(-longest * i // (steps * RING_UNIT)) for i in range(1, steps + 1))
-        self.rings = sorted({RING_UNIT * length for length in lengths})
+
+        def rings(longest):
+            lengths = (-(-longest * i // (steps * RING_UNIT)) for i in range(1, steps + 1))
+            return sorted({RING_UNIT * length for length in lengths})
+
+        # While a row sits out, at most a block, the others write over the oldest of its places.
+        self.rings, self.pausing_rings = rings(longest), rings(longest + block)
         self._build()
 
     def prepare(self, params) -> Weights:
@@ -115,6 +108,7 @@ class Sampler:
         *,
         num_samples: int = 1,
         prompt_ids: Sequence[int] | None = None,
+        pauses: Pauses | None = None,
     ) -> Completions:
         """Samples `num_samples` completions of every prompt.
 
@@ -126,6 +120,8 @@ class Sampler:
           prompts: int arrays, each of 1 to `max_prompt` tokens.
           key: a jax random key.
           prompt_ids: one per prompt, in [0, 2^32); by default its index.
+          pauses: where to ask for tokens that are not sampled. They count as tokens of their
+            sequence, have log-probability 0, and never stop it.
 
         Raises:
           ValueError: before any work, naming the prompt or setting that is wrong.
@@ -136,10 +132,15 @@ class Sampler:
             raise ValueError(f"{len(ids)} prompt_ids for {len(prompts)} prompts")
         if ids.size and not (0 <= ids.min() and ids.max() < 2**32):
             raise ValueError("prompt_ids must lie in [0, 2^32)")
+        stop_ids = sampling.stop_ids
+        if pauses is not None:
+            sampling = dataclasses.replace(sampling, stop_ids=(*stop_ids, *pauses.ids))
+            pauses = dataclasses.replace(pauses, ids=tuple(set(pauses.ids) - set(stop_ids)))
         policy = Policy.of(sampling, self.config.vocab_size)
         weights = params if isinstance(params, Weights) else self.prepare(params)
         policy, key = self._everywhere((policy, _raw(key)))
-        return _Run(self, weights, prompts, ids, num_samples, key, policy, sampling).completions()
+        run = Run(self, weights, prompts, ids, num_samples, key, policy, sampling, pauses)
+        return run.completions()
 
     def _checked(self, prompts, sampling, num_samples):
         if num_samples < 1:
@@ -178,7 +179,7 @@ class Sampler:
         timed = PartitionSpec(None, "data")
         slots = Slots(
             cache=split, token=split, position=split, count=split, key=split, active=split,
-            stopped=split, tokens=timed, logprobs=timed, truncated=timed,
+            stopped=split, tokens=timed, logprobs=timed, truncated=timed, left=split, given=timed,
         )  # fmt: skip
 
         def program(function, in_specs, out_specs, donate=(), static=()):
@@ -198,174 +199,17 @@ class Sampler:
         self._prepare = jax.jit(bind(programs.prepare, config))
         self._prefill = program(bind(programs.prefill, model), (whole, split, split), split)
         self._start = program(
-            bind(programs.start, history), (split, timed, whole, whole), slots, (), ("ring", "head")
+            bind(programs.start, history),
+            (split, timed, whole, whole),
+            slots,
+            static=("ring", "head", "room"),
         )
         self._insert = program(programs.insert, (slots, split, timed, whole, whole), slots, (0,))
         self._grow = program(programs.grow, (slots,), slots, (), ("ring",))
+        self._resume = program(programs.resume, (slots, timed), slots, (0,))
         self._decode = program(
             bind(programs.decode, model), (whole, slots, whole, whole), (slots, timed), (1,)
         )
-
-
-class _Run:
-    """One call of a sampler: who waits, who sits where, and what came out."""
-
-    def __init__(self, sampler, weights, prompts, prompt_ids, num_samples, key, policy, sampling):
-        self.sampler, self.weights, self.key, self.policy = sampler, weights, key, policy
-        self.limit, self.can_stop = sampling.max_new_tokens, bool(sampling.stop_ids)
-        self.num_samples = num_samples
-        self.prompts, self.lengths = prompts, np.asarray([p.size for p in prompts], np.int64)
-        self.prompt_ids = prompt_ids.astype(np.uint32).view(np.int32)
-        first = {}
-        same = [first.setdefault(p.tobytes(), i) for i, p in enumerate(prompts)]
-        self.prompt_of = np.repeat(np.asarray(same, np.int64), num_samples)  # by request
-        self.id_of = np.repeat(self.prompt_ids, num_samples)
-        self.sample_of = np.tile(np.arange(num_samples, dtype=np.int32), len(prompts))
-        self.total, self.next = self.prompt_of.size, 0  # requests; the first that waits
-        last = np.zeros(len(prompts), np.int64)
-        np.maximum.at(last, self.prompt_of, np.arange(self.total))
-        self.last_use = last  # of a prompt: the last request that needs its prefix
-
-        shards, rows = sampler.shards, sampler.rows
-        self.prefixes: list = []
-        self.prefix_of = np.full((shards, len(prompts), 2), -1)  # number in the list, row; -1: none
-        self.slots = None
-        self.owner = np.full(shards * rows, -1)  # request a slot serves; -1 = free
-        self.since = np.zeros(shards * rows, np.int64)  # clock of its first token
-        self.count = np.zeros(shards * rows, np.int64)
-        self.clock = np.zeros(shards, np.int64)
-        self.head = max(map(self._bucket, self.lengths), default=0)
-        self.full = next(r for r in sampler.rings if r >= min(self.head + self.limit, sampler.rings[-1]))
-        self.ring = 0
-        shape = (self.total, self.limit)
-        self.out = (np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.float32))
-        self.out_lengths = np.zeros(self.total, np.int32)
-        self.out_stopped = np.zeros(self.total, bool)
-
-    def completions(self) -> Completions:
-        while self.next < self.total or (self.owner >= 0).any():
-            if self.next < self.total and (self.owner < 0).any():
-                self._refill()
-            self._decode()
-        tokens, logprobs, truncated = self.out
-        return Completions(tokens, self.out_lengths, logprobs, truncated, self.out_stopped)
-
-    def _refill(self):
-        """Gives the free slots to those who wait, evenly over the shards."""
-        sampler, free = self.sampler, (self.owner < 0).reshape(self.sampler.shards, -1)
-        # A shard's k-th free slot counts as its (taken + k)-th: the lowest are taken first.
-        level = np.where(free, (~free).sum(1, keepdims=True) + free.cumsum(1), np.iinfo(np.int64).max)
-        number = min(self.total - self.next, free.sum())
-        slots = np.sort(np.argsort(level.ravel(), kind="stable")[:number])
-        requests = np.arange(self.next, self.next + number)
-        self.next += number
-        shards, prompts = slots // sampler.rows, self.prompt_of[requests]
-        self._prefill(shards, prompts)
-        source = self.prefix_of[shards, prompts]
-        if self.slots is not None and self.ring < self.full:  # from now on rows have all ages
-            self._grow(self.full)
-        for number in np.unique(source[:, 0]):
-            mine = source[:, 0] == number
-            seats = np.full((4, sampler.slots), -1, np.int32)
-            seats[:, slots[mine]] = (
-                source[mine, 1],
-                self.lengths[prompts[mine]],
-                self.id_of[requests[mine]],
-                self.sample_of[requests[mine]],
-            )
-            arguments = (self.prefixes[number], seats, self.policy, self.key)
-            if self.slots is None:
-                self.ring = self._next_ring(self.head)
-                self.slots = sampler._start(*arguments, ring=self.ring, head=self.head)
-                self.clock[:] = self.head
-            else:
-                self.slots = sampler._insert(self.slots, *arguments)
-        self.owner[slots], self.since[slots], self.count[slots] = requests, self.clock[shards] - 1, 1
-        self.prefix_of[:, self.last_use < self.next] = -1
-        for number in range(len(self.prefixes)):
-            if not (self.prefix_of[:, :, 0] == number).any():
-                self.prefixes[number] = None
-
-    def _prefill(self, shards, prompts):
-        """Runs the prompts that their shards lack, by length, in batches of few sizes."""
-        sampler = self.sampler
-        lacking = np.unique(
-            np.stack([shards, prompts], 1)[self.prefix_of[shards, prompts, 0] < 0], axis=0
-        )
-        for bucket in sampler.buckets:
-            fits = np.asarray([self._bucket(self.lengths[p]) == bucket for _, p in lacking], bool)
-            lists = [list(lacking[fits & (lacking[:, 0] == d), 1]) for d in range(sampler.shards)]
-            if any(lists) and self.num_samples >= sampler.shards:  # every shard may need any prompt
-                lists = [self._with_next(shard, some, bucket) for shard, some in enumerate(lists)]
-            while longest := max(map(len, lists)):
-                size = next((n for n in sampler.prefill_sizes if n >= longest), sampler.rows)
-                tokens = np.zeros((sampler.shards, size, bucket), np.int32)
-                lengths = np.zeros((sampler.shards, size), np.int32)
-                for shard, some in enumerate(lists):
-                    for row, p in enumerate(some[:size]):
-                        lengths[shard, row] = self.lengths[p]
-                        tokens[shard, row, bucket - self.lengths[p] :] = self.prompts[p]
-                        self.prefix_of[shard, p] = len(self.prefixes), row
-                lists = [some[size:] for some in lists]
-                tokens, lengths = tokens.reshape(-1, bucket), lengths.reshape(-1)
-                self.prefixes.append(sampler._prefill(self.weights, tokens, lengths))
-
-    def _with_next(self, shard, some, bucket):
-        """`some` prompts and as many that will be needed next as are run together at no loss."""
-        number = min(self.sampler.rows, programs.rows_together(bucket))
-        waiting = self.prompt_of[self.next : self.next + number * self.num_samples]
-        for p in dict.fromkeys(waiting.tolist()):
-            if len(some) >= number:
-                break
-            if self.prefix_of[shard, p, 0] < 0 and self._bucket(self.lengths[p]) == bucket:
-                some = some if p in some else [*some, p]
-        return some
-
-    def _decode(self):
-        """Runs until somebody may have finished, or the ring must grow."""
-        sampler, busy = self.sampler, self.owner >= 0
-        if self.ring < self.full and self.clock.max() == self.ring:
-            self._grow(self._next_ring(self.ring))
-        bound = self.ring if self.ring < self.full else np.iinfo(np.int32).max
-        sure = 0 if self.can_stop else (self.limit - self.count[busy]).min()
-        steps, enough = min(sure or sampler.block, sampler.block), sampler.rows
-        if self.next < self.total:
-            enough = max(1, sampler.rows // 8)
-            if sampler.shards > 1 and not sure:  # the first shard that has enough waits for the last
-                steps = min(steps, 16)
-        control = np.asarray([steps, bound, enough], np.int32)
-        self.slots, report = sampler._decode(self.weights, self.slots, self.policy, control)
-        taken = min(steps, bound - self.clock.max())
-        if sure > taken:  # nobody can have finished: do not wait for the device
-            self.count[busy] += taken
-            self.clock += taken
-            return
-        active, count, stopped, clock = np.asarray(report)
-        self.count[:] = count
-        self.clock[:] = clock[:: sampler.rows]
-        done = np.flatnonzero(busy & (active == 0))
-        if done.size:
-            self._harvest(done, stopped)
-
-    def _harvest(self, done, stopped):
-        requests, lengths = self.owner[done], self.count[done]
-        places = np.arange(lengths.max())
-        time = (self.since[done, None] + places) % self.slots.tokens.shape[0]
-        rings = (self.slots.tokens, self.slots.logprobs, self.slots.truncated)
-        for out, ring in zip(self.out, rings, strict=True):
-            values = np.asarray(ring)[time, done[:, None]]
-            out[requests, : places.size] = np.where(places < lengths[:, None], values, 0)
-        self.out_lengths[requests], self.out_stopped[requests] = lengths, stopped[done]
-        self.owner[done] = -1
-
-    def _grow(self, ring):
-        self.slots, self.ring = self.sampler._grow(self.slots, ring=ring), ring
-
-    def _next_ring(self, length):
-        return min(self.full, next(r for r in self.sampler.rings if r > length))
-
-    def _bucket(self, length):
-        return next(b for b in self.sampler.buckets if b >= length)
 
 
 def _raw(key):

@@ -1,8 +1,9 @@
-"""The sampler's programs on one device: prefill, seat, grow, decode.
+"""The sampler's programs on one device: prefill, seat, grow, decode, resume.
 
 B rows decode side by side, n prompts wait after prefill; V vocabulary, S ring, T prompt bucket, R
-places of history. All rows write at one place of the ring (see `Cache`). A new prompt is laid so that
-it ends at the write head, so that rows of any age share the next write.
+places of history, F tokens that may be given to a row. All rows write at one place of the ring (see
+`Cache`). A new prompt is laid so that it ends at the write head, so that rows of any age share the
+next write; a row that goes on after a pause is turned for the same reason.
 """
 
 import flax.struct
@@ -29,6 +30,8 @@ class Slots(flax.struct.PyTreeNode):
     tokens: jax.Array  # [R, B] what was sampled, a ring over the clock
     logprobs: jax.Array  # [R, B]
     truncated: jax.Array  # [R, B]
+    left: jax.Array  # [B] tokens given to the row that it has not read yet,
+    given: jax.Array  # [F, B] which are the last of these; F = 0: rows never pause
 
 
 class Prefix(flax.struct.PyTreeNode):
@@ -103,8 +106,8 @@ def prefill(model: Decoder, weights: Weights, tokens, lengths) -> Prefix:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(run, batches))
 
 
-def start(history, prefix, seats, policy, key, *, ring, head) -> Slots:
-    """Slots at clock `head`, those with a seat occupied; `seats` as for `insert`."""
+def start(history, prefix, seats, policy, key, *, ring, head, room) -> Slots:
+    """Slots at clock `head`, those with a seat occupied; `seats` as for `insert`, `room` is F."""
     B = seats.shape[1]
     zeros = lambda dtype, *shape: jnp.zeros(shape, dtype)  # noqa: E731
     source = jnp.maximum(seats[0], 0)
@@ -125,6 +128,8 @@ def start(history, prefix, seats, policy, key, *, ring, head) -> Slots:
         tokens=zeros(jnp.int32, history, B),
         logprobs=zeros(jnp.float32, history, B),
         truncated=zeros(jnp.float32, history, B),
+        left=zeros(jnp.int32, B),
+        given=zeros(jnp.int32, room, B),
     )
     return _seat(slots, prefix, seats, policy, key)
 
@@ -200,6 +205,7 @@ def _seat(slots, prefix, seats, policy, key) -> Slots:
         tokens=at(slots.tokens, token),
         logprobs=at(slots.logprobs, logprob),
         truncated=at(slots.truncated, truncated),
+        left=pick(jnp.zeros_like(slots.left), slots.left),
     )
 
 
@@ -221,6 +227,42 @@ def grow(slots, *, ring) -> Slots:
     )
 
 
+def resume(slots, orders) -> Slots:
+    """Rows that paused go on, with tokens to read before they draw again.
+
+    orders: int32 `[2 + F, B]`: the steps that a row sat out since its last token (-1: it does not go
+    on), how many tokens it is given, and these, at the end of the column.
+    """
+    out, left, given = orders[0], orders[1], orders[2:]
+    cache, goes_on = slots.cache, out >= 0
+    rows = jnp.argsort(out <= 0)  # those that must be turned first
+
+    def turn(i, old):
+        row = rows[i]
+
+        def move(x, axis):  # all heads of a row together
+            heads = x.shape[0] // out.size
+            one = jax.lax.dynamic_slice_in_dim(x, row * heads, heads)
+            return jax.lax.dynamic_update_slice_in_dim(
+                x, jnp.roll(one, out[row], axis), row * heads, 0
+            )
+
+        layers, positions = old
+        layers = (x if isinstance(x, jax.Array) else (move(x[0], -1), move(x[1], -2)) for x in layers)
+        return tuple(layers), move(positions, -1)
+
+    layers, positions = jax.lax.fori_loop(
+        0, jnp.sum(out > 0), turn, (cache.layers, cache.positions)
+    )
+    return slots.replace(
+        cache=cache.replace(layers=layers, positions=positions),
+        active=slots.active | goes_on,
+        stopped=slots.stopped & ~goes_on,
+        left=jnp.where(goes_on, left, slots.left),
+        given=jnp.where(goes_on, given, slots.given),
+    )
+
+
 def decode(model: Decoder, weights: Weights, slots, policy, control) -> tuple[Slots, jax.Array]:
     """Decodes up to `control[0]` tokens a row, to clock `control[1]` at most.
 
@@ -228,7 +270,7 @@ def decode(model: Decoder, weights: Weights, slots, policy, control) -> tuple[Sl
     active, count, stopped, and the clock.
     """
     steps, bound, enough = control
-    history = slots.tokens.shape[0]
+    history, pauses = slots.tokens.shape[0], slots.given.shape[0] > 0
     cache = slots.cache
     slots = slots.replace(cache=cache.replace(index=cache.index[0]))
     busy = jnp.sum(slots.active)
@@ -245,14 +287,25 @@ def decode(model: Decoder, weights: Weights, slots, policy, control) -> tuple[Sl
             {"params": weights.params}, slots.token[:, None], position[:, None], cache=slots.cache
         )
         token, logprob, truncated = draw(logits[:, 0], uniform(slots.key, slots.count), policy)
+        stopped = slots.active & policy.stops_V[token]
+        if pauses:
+            reads = slots.left > 0
+            place = (-slots.left) % slots.given.shape[0]
+            read = jnp.take_along_axis(slots.given, place[None], axis=0)[0]
+            token = jnp.where(reads, read, token)
+            logprob, truncated = (jnp.where(reads, 0.0, x) for x in (logprob, truncated))
+            stopped &= ~reads
+            # A row that sits out keeps what it needs to go on.
+            token = jnp.where(slots.active, token, slots.token)
+            cache = cache.replace(layers=_kept(slots.active, cache.layers, slots.cache.layers))
+            slots = slots.replace(left=slots.left - (slots.active & reads))
         now = slots.cache.index % history
         write = lambda ring, x: jax.lax.dynamic_update_slice(ring, x[None], (now, 0))  # noqa: E731
         count = slots.count + slots.active
-        stopped = slots.active & policy.stops_V[token]
         return step + 1, slots.replace(
             cache=cache,
             token=token,
-            position=slots.position + 1,
+            position=slots.position + slots.active,
             count=count,
             active=slots.active & ~stopped & (count < policy.limit),
             stopped=slots.stopped | stopped,
@@ -270,3 +323,10 @@ def decode(model: Decoder, weights: Weights, slots, policy, control) -> tuple[Sl
     return slots.replace(cache=slots.cache.replace(index=clock[None])), report
 
 
+def _kept(active, new, old):
+    """States `[B H, K, K]` of the rows that are active renewed; keys and values are new already."""
+
+    def state(x, y):
+        return jnp.where(jnp.repeat(active, len(y) // len(active))[:, None, None], x, y)
+
+    return tuple(state(x, y) if isinstance(x, jax.Array) else x for x, y in zip(new, old, strict=True))

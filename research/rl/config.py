@@ -11,6 +11,8 @@ from research.rl import advantages, kl
 from research.rl.algorithms import algorithm
 from research.rl.critic import CriticConfig
 from research.rl.losses import LossConfig
+from research.rl.reward_model import RewardModelConfig
+from research.rl.tools import ToolConfig
 from research.tasks import TaskConfig
 
 
@@ -34,6 +36,9 @@ class RolloutConfig:
       missing then are filled with such ones.
     overlong: in the last part of the length limit, as a share of it, reward falls to 1 less (DAPO's shaping; 0: not;
       None: as the algorithm has it).
+    tools: see `ToolConfig`; what a tool says counts towards max_new_tokens.
+    staleness: 1: the next rollout is sampled while the policy learns from this one, so by the policy from before that,
+      and ratios are to its log-probabilities. 0: one after the other.
     """
 
     prompts: int = 32
@@ -50,10 +55,14 @@ class RolloutConfig:
     slots: int = 0
     rounds: int | None = None
     overlong: float | None = None
+    tools: ToolConfig = ToolConfig()
+    staleness: int = 0
 
     def __post_init__(self):
         _at_least(1, self, "prompts", "group_size", "max_prompt", "max_new_tokens")
         _at_least(0, self, "slots")
+        if self.staleness not in (0, 1):
+            raise ValueError(f"staleness={self.staleness}: it must be 0 or 1 rollouts")
         if self.rounds is not None:
             _at_least(1, self, "rounds")
         if self.overlong is not None and not 0 <= self.overlong <= 1:
@@ -128,6 +137,7 @@ class Config:
     kernels: Literal["auto", "reference", "xla", "pallas"] = "auto"
     task: TaskConfig = TaskConfig()
     reward: RewardConfig = RewardConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
     rollout: RolloutConfig = RolloutConfig()
     estimator: advantages.Estimator = "grpo"
     loss: LossConfig = LossConfig()
@@ -165,6 +175,11 @@ class Config:
             raise ValueError(
                 f"loss.kl_estimator={loss.kl_estimator} with loss.kl_in=reward: it has no form there; use k1"
             )
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether an update may meet tokens that another policy sampled, so that their log-probabilities are kept."""
+        return self.updates * self.epochs > 1 or self.rollout.staleness > 0
 
     def resolved(self) -> "Config":
         """The same with every switch set that was left to the algorithm."""

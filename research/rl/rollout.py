@@ -13,6 +13,7 @@ from research.lm.tokenizer import Tokenizer
 from research.rewards import Reward, Rewarder, Status, language, summarize
 from research.rl import evaluation
 from research.rl.evaluation import Samples, reflection_words
+from research.rl.tools import ToolConfig, Tools
 from research.tasks import Problem, Task
 
 
@@ -20,7 +21,9 @@ from research.tasks import Problem, Task
 class Episodes:
     """Graded responses: `group_size` rows for each problem, in the problems' order.
 
-    texts are the decoded responses without their end token.
+    texts are the decoded responses without their end token, with the results of tools in their places;
+    `completions.sampled` says which tokens the policy chose.
+    calls, failed: int [N], tool calls of each response, and those without a result; None where there is no tool.
     """
 
     problems: list[Problem]
@@ -29,6 +32,21 @@ class Episodes:
     texts: list[str]
     rewards: list[Reward]
     group_size: int
+    calls: np.ndarray | None = None
+    failed: np.ndarray | None = None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[N] int, tokens of each response that the policy chose."""
+        return self.completions.sampled.sum(axis=1)
+
+    @property
+    def tool_use(self) -> np.ndarray | None:
+        """[N, 3] int, each response's calls, failed calls and tokens of results; None where there is no tool."""
+        if self.calls is None:
+            return None
+        given = self.completions.lengths - self.lengths
+        return np.stack([self.calls, self.failed, given], axis=1)
 
     def of_problem(self, rows: Sequence) -> np.ndarray:
         """[P * G] per-response values as [P, G]."""
@@ -41,7 +59,7 @@ class Episodes:
             correct=by_problem([r.status == Status.RIGHT for r in self.rewards]),
             answers=self._lists([r.answer for r in self.rewards]),
             formatted=by_problem([r.parts["format"] > 0 for r in self.rewards]),
-            lengths=by_problem(self.completions.lengths),
+            lengths=by_problem(self.lengths),
             truncated=by_problem(~self.completions.stopped),
             difficulty=np.array([p.difficulty for p in self.problems]),
             texts=self._lists(self.texts),
@@ -58,7 +76,8 @@ class Episodes:
             for row, text in enumerate(self.texts)
         ]
         known = [share for share in shares if share is not None]
-        return Graded(dataclasses.replace(samples, texts=words), self.rewards, known)
+        words_only = dataclasses.replace(samples, texts=words)
+        return Graded(words_only, self.rewards, known, self.tool_use)
 
     def metrics(self) -> dict[str, float]:
         """`measure` of these responses."""
@@ -75,30 +94,36 @@ class Episodes:
 
     def records(self) -> Iterator[dict]:
         """One JSON-ready record for each response: question, response, reward and status."""
+        lengths = self.lengths
         for row, (text, reward) in enumerate(zip(self.texts, self.rewards, strict=True)):
             problem = self.problems[row // self.group_size]
-            yield {
+            record = {
                 "id": problem.id,
                 "question": problem.question,
                 "answer": problem.answer,
                 "difficulty": problem.difficulty,
                 "response": text,
-                "length": int(self.completions.lengths[row]),
+                "length": int(lengths[row]),
                 "stopped": bool(self.completions.stopped[row]),
                 "reward": reward.total,
                 "parts": dict(reward.parts),
                 "status": str(reward.status),
             }
+            if self.calls is not None:
+                record |= {"calls": int(self.calls[row]), "failed_calls": int(self.failed[row])}
+            yield record
 
 
 def select(parts: Sequence[Episodes], chosen: Sequence[tuple[int, int]]) -> Episodes:
     """The groups `chosen`, as (which part, which of its problems), of parts with equally large groups."""
     size = parts[0].group_size
     rows = [(part, row) for part, p in chosen for row in range(p * size, (p + 1) * size)]
+
+    def chosen_rows(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+        return None if arrays[0] is None else np.stack([arrays[part][row] for part, row in rows])
+
     completions = {
-        field.name: np.stack(
-            [getattr(parts[part].completions, field.name)[row] for part, row in rows]
-        )
+        field.name: chosen_rows([getattr(part.completions, field.name) for part in parts])
         for field in dataclasses.fields(Completions)
     }
     return Episodes(
@@ -108,6 +133,8 @@ def select(parts: Sequence[Episodes], chosen: Sequence[tuple[int, int]]) -> Epis
         texts=[parts[part].texts[row] for part, row in rows],
         rewards=[parts[part].rewards[row] for part, row in rows],
         group_size=size,
+        calls=chosen_rows([part.calls for part in parts]),
+        failed=chosen_rows([part.failed for part in parts]),
     )
 
 
@@ -121,6 +148,7 @@ class Graded:
     samples: Samples
     rewards: list[Reward]
     language: list[float]
+    tool_use: np.ndarray | None = None
 
 
 def measure(parts: Sequence[Graded]) -> dict[str, float]:
@@ -131,7 +159,17 @@ def measure(parts: Sequence[Graded]) -> dict[str, float]:
     metrics |= {f"rollout/{key}": value for key, value in figures.items()}
     if known := [share for part in parts for share in part.language]:
         metrics["rollout/language"] = float(np.mean(known))
-    return metrics
+    used = measure_tools([part.tool_use for part in parts])
+    return metrics | {f"rollout/{key}": value for key, value in used.items()}
+
+
+def measure_tools(parts: Sequence[np.ndarray | None]) -> dict[str, float]:
+    """Means over responses of `tool_use`: calls, tokens of results; and the share of the calls that failed."""
+    if parts[0] is None:
+        return {}
+    calls, failed, tokens = np.concatenate(parts).mean(axis=0)
+    figures = {"tools/calls": float(calls), "tools/tokens": float(tokens)}
+    return figures | ({"tools/failed": float(failed / calls)} if calls else {})
 
 
 class Actor:
@@ -140,6 +178,9 @@ class Actor:
     Args:
       template: prompt text with `{question}` in it.
       chat: wrap that text as a user's turn in the tokenizer's chat template.
+      tools: what the policy may call in the middle of a response; results count towards the length limit.
+
+    Raises ValueError for a template without the question, or a tokenizer that cannot write what a tool says.
     """
 
     def __init__(
@@ -149,6 +190,7 @@ class Actor:
         rewarder: Rewarder,
         template: str = "{question}",
         chat: bool = False,
+        tools: ToolConfig = ToolConfig(),
     ):
         if "{question}" not in template:
             raise ValueError(f"the prompt template {template!r} has no '{{question}}' in it")
@@ -157,6 +199,7 @@ class Actor:
         self.rewarder = rewarder
         self._template = template
         self._chat = chat
+        self.tools = Tools(tools, tokenizer) if tools.calls else None
 
     def prompt(self, problem: Problem) -> str:
         text = self._template.replace("{question}", problem.question)
@@ -203,6 +246,10 @@ class Actor:
         control in the same way. `first` tells apart problems that different processes answer.
         """
         prompts = self._encode(problems)
+        options, calls, failed = {}, None, None
+        if self.tools is not None:
+            session = self.tools.session(len(problems) * group_size)
+            options, calls, failed = {"pauses": session.pauses}, session.calls, session.failed
         completions = self.sampler(
             params,
             prompts,
@@ -210,6 +257,7 @@ class Actor:
             sampling,
             num_samples=group_size,
             prompt_ids=range(first, first + len(problems)),
+            **options,
         )
         bodies = [
             ids[:-1] if stopped else ids
@@ -218,7 +266,9 @@ class Actor:
         texts = self.tokenizer.decode_batch(bodies)
         repeated = [p for p in problems for _ in range(group_size)]
         rewards = self.rewarder(repeated, texts, completions.stopped, seed=seed)
-        return Episodes(list(problems), prompts, completions, texts, rewards, group_size)
+        return Episodes(
+            list(problems), prompts, completions, texts, rewards, group_size, calls, failed
+        )
 
 
 def evaluate(
@@ -241,7 +291,8 @@ def evaluate(
     chosen = [task.problem(split, i) for i in range(problems)]
     key = jax.random.fold_in(jax.random.key(seed), 0x7E57)
     episodes = actor(params, chosen, key, sampling, samples, seed=seed)
-    return evaluation.report(episodes.samples(), k=samples), episodes
+    figures = evaluation.report(episodes.samples(), k=samples)
+    return figures | measure_tools([episodes.tool_use]), episodes
 
 
 def minibatches(
@@ -262,20 +313,20 @@ def minibatches(
     tells how many micro-batches of `micro_rows` hold anything: cost follows the tokens, and shapes never change.
 
     `per_token` holds arrays [N, at least the longest response], as the advantages, and `weights` [N] what each token of
-    a response weighs.
+    a response weighs that the policy chose; the others, a tool's, weigh nothing.
 
     Returns: tokens, segment_ids, positions int32, weights and sampler_logprobs float32, and the arrays of `per_token`,
       all [devices * capacity, row_length]; num_micro int32 [devices]. Outside the responses all but the first three are
       zero.
     """
-    sequences = []
+    sequences, sampled = [], episodes.completions.sampled
     for row in order:
         prompt = episodes.prompts[row // episodes.group_size]
         length = int(episodes.completions.lengths[row])
         response = episodes.completions.tokens[row, :length]
         before = len(prompt)
         columns = {
-            "weights": np.full(length, weights[row], np.float32),
+            "weights": np.where(sampled[row, :length], np.float32(weights[row]), np.float32(0)),
             "sampler_logprobs": episodes.completions.logprobs[row, :length],
             **{key: values[row, :length] for key, values in per_token.items()},
         }

@@ -1,9 +1,14 @@
 """Reinforcement learning with verifiable rewards as a `core.loop.Trainer`.
 
 One loop step is one rollout: `prompts` problems x `group_size` responses are sampled and graded, and their advantages
-estimated over all of them (`collect`); they are scored by the reference and, if several updates follow, by the policy
-that sampled them, before the estimate where it needs that; then `updates` minibatches are drawn from them, one
-optimizer update each (`step`). DeepSeek-R1's setting is 512 prompts x 16, 16 updates (Nature supplement 2).
+estimated over all of them (`collect`, `preparation.py`); they are scored by the reference and, if several updates
+follow, by the policy that sampled them, before the estimate where it needs that; then `updates` minibatches are drawn
+from them, one optimizer update each (`step`). DeepSeek-R1's setting is 512 prompts x 16, 16 updates (Nature supplement
+2).
+
+With `rollout.staleness` 1 a thread samples rollout t + 1 while the policy learns from rollout t. It is then always the
+parameters from before the last update that sample: the state holds a copy of them, as `behaviour_params`, so a resumed
+run samples again what was lost.
 """
 
 import dataclasses
@@ -19,32 +24,21 @@ import numpy as np
 from research.core import mesh as meshes
 from research.core import optim, sharding
 from research.core.loop import Trainer
-from research.core.metrics import Mean
 from research.core.state import TrainState
 from research.core.step import data_parallel
 from research.lm import checkpoints, value_head
 from research.lm.decoder import Decoder
-from research.lm.logprobs import token_logprobs
 from research.lm.sampler import Sampler, Sampling
 from research.lm.tokenizer import Tokenizer
-from research.lm.trainer import balancing
 from research.rewards import Rewarder
-from research.rl import advantages, kl
+from research.rl import advantages
+from research.rl.ahead import Ahead
 from research.rl.config import Config, EvalConfig, RolloutConfig
-from research.rl.critic import value_loss
-from research.rl.losses import policy_loss, token_weights
-from research.rl.processes import gather, local, local_rows
-from research.rl.rollout import (
-    Actor,
-    Episodes,
-    evaluate,
-    local_devices,
-    measure,
-    minibatches,
-    rows_needed,
-    select,
-)
-from research.rl.scoring import SCORED, scorer
+from research.rl.objectives import Objectives
+from research.rl.preparation import Preparation
+from research.rl.processes import gather, local
+from research.rl.reward_model import ModelRewarder
+from research.rl.rollout import Actor, Episodes, evaluate, local_devices, measure, select
 from research.tasks import Problem, Task
 from research.tasks import make as make_task
 
@@ -58,8 +52,11 @@ def build(
     model: Decoder | None = None,
     params: Any = None,
     tokenizer: Tokenizer | None = None,
+    rewarder: Rewarder | None = None,
 ) -> Trainer:
     """The trainer of `config`; its policy starts from `model` and `params` if given, else from `config.init_from`.
+
+    `rewarder` takes the place of the one that `config.reward` and `config.task` describe, with its `task`.
 
     Raises ValueError, before any training, for prompts that do not fit, limits beyond the model's context, and the
     errors of the task, the checkpoint and the mesh.
@@ -73,7 +70,23 @@ def build(
             shape, moe=dataclasses.replace(shape.moe, capacity_factor=0.0, jitter=0.0)
         )
     model = Decoder(shape)
-    return _Run(config, pathlib.Path(workdir), model, params, tokenizer).trainer()
+    return _Run(config, pathlib.Path(workdir), model, params, tokenizer, rewarder).trainer()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rollout:
+    """The groups to learn from, all that were sampled for them, and how.
+
+    greedy: [N] float64, reward of the greedy response to the problem of each response, where the estimator asks for it.
+    rounds: of sampling, up to and with this rollout.
+    """
+
+    episodes: Episodes
+    seen: list[Episodes]
+    greedy: np.ndarray | None
+    rounds: int
+    metrics: dict[str, float]
+    seconds: float
 
 
 class _Run:
@@ -86,13 +99,15 @@ class _Run:
         model: Decoder,
         params: Any,
         tokenizer: Tokenizer,
+        rewarder: Rewarder | None,
     ):
         config = config.resolved()
         self.config, self.model, self.workdir = config, model, workdir
         self.tokenizer = tokenizer
         self.initial_params = jax.device_get(params)  # device memory is for what trains
         self.mesh = meshes.make(config.mesh)
-        self.task: Task = make_task(config.task)
+        rewarder = rewarder or Rewarder(config.reward, make_task(config.task))
+        self.task: Task = rewarder.task
         rollout = config.rollout
         longest = rollout.max_prompt + rollout.longest_response
         if longest > model.config.max_position:
@@ -107,11 +122,6 @@ class _Run:
             )
         self.local_prompts = rollout.prompts // processes
         responses = self.local_prompts * rollout.group_size
-        if responses % config.updates:
-            raise ValueError(
-                f"the {responses} responses of each of {processes} processes do not split into "
-                f"updates={config.updates} minibatches"
-            )
         self.local_devices = local_devices(self.mesh)
         local_mesh = meshes.make({"data": self.local_devices}, jax.local_devices())
         sampler = Sampler(
@@ -121,8 +131,11 @@ class _Run:
             max_new_tokens=rollout.longest_response,
             mesh=local_mesh,
         )
-        rewarder = Rewarder(config.reward, self.task)
-        self.actor = Actor(sampler, tokenizer, rewarder, rollout.template, rollout.chat)
+        if config.reward_model.path:
+            rewarder = ModelRewarder(config.reward_model, rewarder, self.local_devices)
+        self.actor = Actor(
+            sampler, tokenizer, rewarder, rollout.template, rollout.chat, rollout.tools
+        )
         self.actor.check(self.task, "train")
         if config.eval.problems:
             self.actor.check(self.task, "test", config.eval.problems)
@@ -140,38 +153,40 @@ class _Run:
             top_p=config.eval.top_p,
             stop_ids=self.stop_ids,
         )
-        self.row_length = config.row_length or longest
-        self.capacity = rows_needed(
-            -(-responses // config.updates),
-            longest,
-            self.row_length,
-            self.local_devices,
-            config.micro_rows,
+        if rollout.staleness and rollout.rounds > 1 and processes > 1:
+            raise ValueError(
+                "rollout.staleness=1 with rollout.rounds above 1 serves a single process: the processes would have to "
+                "agree on every round while they learn. Set one of them to its default"
+            )
+        objectives = Objectives(model, config)
+        self.preparation = Preparation(
+            config, objectives, self.mesh, responses=responses, longest=longest
         )
+        self.score = self.preparation.score
         total_updates = config.loop.steps * config.updates * config.epochs
+        split = {"mesh": self.mesh, "micro_rows": config.micro_rows}
         self.optimizer = optim.make(config.optim, total_updates)
-        self.update = data_parallel(
-            self._loss, self.optimizer, self.mesh, micro_rows=config.micro_rows
-        )
-        self.score = scorer(self._logprobs, self.mesh, config.micro_rows)
+        self.update = data_parallel(objectives.policy_loss, self.optimizer, **split)
         self.keeps_reference = config.loss.kl_coef != 0.0
-        self.kl_in_reward = self.keeps_reference and config.loss.kl_in == "reward"
-        self.has_critic = advantages.rule_of(config.estimator).baseline == "value"
+        self.kl_in_reward = self.preparation.kl_in_reward
+        self.has_critic = self.preparation.has_critic
         if self.has_critic:
             self.critic_optimizer = optim.make(config.critic.optim, total_updates)
-            self.value = scorer(self._values, self.mesh, config.micro_rows)
             self.critic_update = data_parallel(
-                self._value_loss, self.critic_optimizer, self.mesh, micro_rows=config.micro_rows
+                objectives.value_loss, self.critic_optimizer, **split
             )
-        self.keeps_old = config.updates * config.epochs > 1
+        self.keeps_old = config.off_policy
+        self.ahead = Ahead()
         self.key = jax.random.key(config.seed)
         self._epoch, self._order = -1, np.zeros(0, np.int64)
 
     def trainer(self) -> Trainer:
         evaluate = self.evaluate if self.config.eval.problems else None
-        return Trainer(
-            self.init, self.collect, self.step, evaluate, close=self.actor.rewarder.close
-        )
+        return Trainer(self.init, self.collect, self.step, evaluate, close=self.close)
+
+    def close(self) -> None:
+        self.ahead.drop()
+        self.actor.rewarder.close()
 
     def init(self) -> TrainState:
         # Here and not in `build`: the loop has found that the directory is not another run's.
@@ -198,6 +213,8 @@ class _Run:
         if self.has_critic:
             values = value_head.init(self.initial_params, self.model.config.hidden_size)
             extra["critic"] = create(values, self.critic_optimizer)
+        if self.config.rollout.staleness:
+            extra["behaviour_params"] = fresh(self.initial_params)
         return create(self.initial_params, self.optimizer, **extra)
 
     def _first_extra(self) -> dict[str, np.ndarray]:
@@ -210,21 +227,34 @@ class _Run:
         return extra
 
     def collect(self, state: TrainState, step: int) -> tuple[dict[str, Any], dict[str, float]]:
-        config, rollout = self.config, self.config.rollout
-        began = time.perf_counter()
-        jax.block_until_ready(state.params)  # sampling needs them; the wait is the last update's
-        started = time.perf_counter()
-        limit = rollout.limit_at(step)
+        config, limit = self.config, self.config.rollout.limit_at(step)
+        stale = bool(config.rollout.staleness)
+        behaviour = state.extra["behaviour_params"] if stale else state.params
         extra = {name: np.asarray(local(state.extra[name])) for name in self._first_extra()}
-        episodes, seen, metrics = self._sample(state, step, limit, extra)
-        greedy = self._greedy(state, episodes.problems, step, limit)
-        sampled = time.perf_counter()
-        orders = self._orders(step, len(episodes.rewards))
-        lengths, per_token, figures = self._estimate(state, episodes, greedy, orders, limit, extra)
-        batches = [self._minibatch(episodes, order, per_token, lengths, limit) for order in orders]
-        tokens = sum(int((b["segment_ids"] > 0).sum()) for b in batches)
+        began = time.perf_counter()
+        jax.block_until_ready(behaviour)  # sampling needs them; the wait is the last update's
+        rounds = int(extra.get("rounds", step))
+        rollout = self.ahead.result(self._rollout, behaviour, step, rounds)
+        ended = time.perf_counter()
+        if "rounds" in extra:
+            extra["rounds"] = np.int32(rollout.rounds)
+        batch = {"step": step, "extra": extra}
+        if stale:
+            batch["behaviour_params"] = jax.tree.map(jnp.copy, state.params)
+            if step + 1 < config.loop.steps:
+                upcoming = batch["behaviour_params"], step + 1, rollout.rounds
+                self.ahead.start(self._rollout, *upcoming)
+        episodes, seen = rollout.episodes, rollout.seen
+        params = {"old": behaviour, "ref": state.extra.get("ref_params")}
+        if self.has_critic:
+            params["critic"] = state.extra["critic"].params
+        rewards = self._rewards(episodes, limit)
+        batch["minibatches"], figures = self.preparation.minibatches(
+            episodes, rewards, rollout.greedy, step, limit, params, extra
+        )
+        tokens = sum(int((b["segment_ids"] > 0).sum()) for b in batch["minibatches"])
         parts = gather(([one.graded() for one in seen], tokens))
-        metrics |= measure([graded for grades, _ in parts for graded in grades]) | figures
+        metrics = rollout.metrics | measure([graded for grades, _ in parts for graded in grades])
         if (
             config.save_samples_every
             and step % config.save_samples_every == 0
@@ -232,25 +262,32 @@ class _Run:
         ):
             self._save_samples(episodes, step)
         metrics["rollout/limit"] = float(limit)
+        if stale:
+            metrics["rollout/staleness"] = float(min(step, 1))
         metrics["tokens"] = float(sum(t for _, t in parts))
-        metrics["time/wait"] = started - began
-        metrics["time/sample"] = sampled - started
-        metrics["time/pack"] = time.perf_counter() - sampled
-        metrics["time/sampled_tokens_per_second"] = float(
-            sum(one.completions.lengths.sum() for one in seen)
-        ) / (sampled - started)
-        return {"minibatches": batches, "step": step, "extra": extra}, metrics
+        # Of sampling, what this step had to wait for; all of it, unless it ran beside the last update.
+        metrics["time/wait"] = ended - began if stale else ended - began - rollout.seconds
+        metrics["time/sample"] = rollout.seconds
+        metrics["time/pack"] = time.perf_counter() - ended
+        sampled = sum(one.lengths.sum() for one in seen)
+        metrics["time/sampled_tokens_per_second"] = float(sampled) / rollout.seconds
+        return batch, metrics | figures
 
     def step(self, state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
         config = self.config
         started = time.perf_counter()
         everywhere = sharding.replicated(self.mesh)
+        # An update donates what the state holds, and the sampler may be reading its copy.
+        held = dict(state.extra)
+        old_params = held.pop("behaviour_params", state.params)
+        state = state.replace(extra=held)
         minibatches_ = [sharding.place_rows(b, self.mesh) for b in batch["minibatches"]]
         for minibatch in minibatches_:
             if self.keeps_reference and not self.kl_in_reward:
                 minibatch["ref_logprobs"] = self.score(state.extra["ref_params"], minibatch)
             if self.keeps_old and not self.kl_in_reward:
-                minibatch["old_logprobs"] = self.score(state.params, minibatch)
+                minibatch["old_logprobs"] = self.score(old_params, minibatch)
+        del old_params
         every = config.reference_every if self.keeps_reference else 0
         total: dict[str, Any] = {}
         updates = batch["step"] * config.updates * config.epochs
@@ -271,6 +308,8 @@ class _Run:
         # A step of the loop is a rollout, however many updates it makes.
         step = jax.device_put(np.int32(batch["step"] + 1), everywhere)
         extra = {name: jax.device_put(x, everywhere) for name, x in batch["extra"].items()}
+        if "behaviour_params" in batch:
+            extra["behaviour_params"] = batch["behaviour_params"]
         state = state.replace(step=step, extra=state.extra | extra)
         total["updates"] = float(updates)
         total["time/dispatch"] = time.perf_counter() - started
@@ -278,6 +317,7 @@ class _Run:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         settings = self.config.eval
+        self.ahead.wait()  # for the rewarder, and the machine
         report, _ = evaluate(
             self.actor,
             local(state.params),
@@ -300,46 +340,40 @@ class _Run:
             self._order = np.random.default_rng([self.config.seed, epoch]).permutation(size)
         return self.task.problem("train", int(self._order[place]))
 
-    def _orders(self, step: int, responses: int) -> list[np.ndarray]:
-        """Rows of each minibatch: random ones of equal size, `epochs` times over the rollout."""
-        rng = np.random.default_rng([self.config.seed, step, jax.process_index()])
-        orders = []
-        for _ in range(self.config.epochs):
-            permutation = rng.permutation(responses)
-            orders += np.split(permutation, self.config.updates)
-        return orders
-
-    def _sample(
-        self, state: TrainState, step: int, limit: int, extra: dict[str, np.ndarray]
-    ) -> tuple[Episodes, list[Episodes], dict[str, float]]:
-        """The groups to learn from, all that were sampled for them, and metrics; counts the rounds in `extra`."""
-        rounds = self.config.rollout.rounds
-        if rounds == 1:
-            episodes = self._round(state, step, limit)
-            return episodes, [episodes], {}
-        first, wanted = int(extra["rounds"]), self.local_prompts
+    def _rollout(self, params: Any, step: int, rounds: int) -> _Rollout:
+        """Rollout `step` of a policy, after so many rounds of sampling. May run in a thread of its own."""
+        started = time.perf_counter()
+        limit, most = self.config.rollout.limit_at(step), self.config.rollout.rounds
+        wanted = self.local_prompts
         seen: list[Episodes] = []
-        kept: list[tuple[int, int]] = []
-        spare: list[tuple[int, int]] = []
-        for _ in range(rounds):
-            seen.append(self._round(state, first + len(seen), limit))
-            last, mixed = len(seen) - 1, seen[-1].mixed()
-            kept += [(last, int(p)) for p in np.flatnonzero(mixed)]
-            spare = [(last, int(p)) for p in np.flatnonzero(~mixed)]
-            if all(gather(len(kept) >= wanted)):  # all processes sample equally often
-                break
-        extra["rounds"] = np.int32(first + len(seen))
-        found = sum(gather(min(len(kept), wanted)))
-        metrics = {"rollout/rounds": float(len(seen)), "rollout/kept": float(found)}
-        return select(seen, (kept + spare)[:wanted]), seen, metrics
+        metrics = {}
+        if most == 1:
+            seen.append(self._round(params, rounds, limit))
+            episodes = seen[0]
+        else:
+            kept: list[tuple[int, int]] = []
+            spare: list[tuple[int, int]] = []
+            for _ in range(most):
+                seen.append(self._round(params, rounds + len(seen), limit))
+                last, mixed = len(seen) - 1, seen[-1].mixed()
+                kept += [(last, int(p)) for p in np.flatnonzero(mixed)]
+                spare = [(last, int(p)) for p in np.flatnonzero(~mixed)]
+                if all(gather(len(kept) >= wanted)):  # all processes sample equally often
+                    break
+            found = sum(gather(min(len(kept), wanted)))
+            metrics = {"rollout/rounds": float(len(seen)), "rollout/kept": float(found)}
+            episodes = select(seen, (kept + spare)[:wanted])
+        greedy = self._greedy(params, episodes.problems, step, limit)
+        seconds = time.perf_counter() - started
+        return _Rollout(episodes, seen, greedy, rounds + len(seen), metrics, seconds)
 
-    def _round(self, state: TrainState, number: int, limit: int) -> Episodes:
+    def _round(self, params: Any, number: int, limit: int) -> Episodes:
         """The responses to the next problems of the stream, which round `number` of sampling takes."""
         rollout = self.config.rollout
         first = jax.process_index() * self.local_prompts
         start = number * rollout.prompts + first
         return self.actor(
-            local(state.params),
+            local(params),
             [self._train_problem(start + i) for i in range(self.local_prompts)],
             jax.random.fold_in(self.key, number),
             rollout.sampling(limit, self.stop_ids),
@@ -349,172 +383,19 @@ class _Run:
         )
 
     def _greedy(
-        self, state: TrainState, problems: list[Problem], step: int, limit: int
+        self, params: Any, problems: list[Problem], step: int, limit: int
     ) -> np.ndarray | None:
-        """[N] reward of the greedy response to the problem of each response, if the estimator asks for it."""
         if advantages.rule_of(self.config.estimator).baseline != "greedy":
             return None
         sampling = Sampling(max_new_tokens=limit, temperature=0.0, stop_ids=self.stop_ids)
         seed = _reward_seed(self.config.seed, step)
-        episodes = self.actor(local(state.params), problems, self.key, sampling, 1, seed=seed)
+        episodes = self.actor(local(params), problems, self.key, sampling, 1, seed=seed)
         return np.repeat(self._rewards(episodes, limit), self.config.rollout.group_size)
 
     def _rewards(self, episodes: Episodes, limit: int) -> np.ndarray:
         totals = np.array([r.total for r in episodes.rewards], np.float64)
         buffer = round(self.config.rollout.overlong * limit)
         return totals + advantages.overlong_penalty(episodes.completions.lengths, limit, buffer)
-
-    def _estimate(
-        self,
-        state: TrainState,
-        episodes: Episodes,
-        greedy: np.ndarray | None,
-        orders: list[np.ndarray],
-        limit: int,
-        extra: dict[str, np.ndarray],
-    ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, float]]:
-        """(loss tokens of each response [N], arrays for the minibatches [N, T], metrics); renews `extra`."""
-        config = self.config
-        rewards = self._rewards(episodes, limit)
-        lengths = episodes.completions.lengths.copy()
-        if config.mask_truncated:
-            lengths[~episodes.completions.stopped] = 0
-        lengths[~np.isfinite(rewards if greedy is None else rewards + greedy)] = 0
-        width = int(episodes.completions.lengths.max())
-        mask = np.arange(width) < lengths[:, None]
-        scores = self._scored(state, episodes, orders[: config.updates], width)
-        values, penalty, metrics = scores.get("old_values"), None, {}
-        per_token = {name: x for name, x in scores.items() if name != "ref_logprobs"}
-        if self.kl_in_reward:
-            divergence = kl.in_reward(
-                scores["old_logprobs"],
-                scores["ref_logprobs"],
-                config.loss.kl_estimator,
-                limit=config.loss.kl_limit,
-            )
-            penalty = config.loss.kl_coef * divergence
-            divergence, count = np.sum(gather(np.array([divergence[mask].sum(), mask.sum()])), 0)
-            metrics["kl"] = float(divergence / max(count, 1))
-            if not self.keeps_old:
-                del per_token["old_logprobs"]
-        places = jax.process_index() * self.local_prompts + np.arange(self.local_prompts)
-        moving = extra.get("baseline")
-        result = advantages.estimate(
-            config.estimator,
-            rewards,
-            mask,
-            np.repeat(places, config.rollout.group_size),
-            kl=penalty,
-            values=values,
-            greedy=greedy,
-            baseline=None if moving is None else advantages.average_of(moving),
-            config=config.advantage,
-            gather=gather,
-        )
-        if moving is not None:
-            decay, mean = config.advantage.baseline_decay, result.statistics["reward/used"]
-            extra["baseline"] = np.float32(advantages.moving_average(moving, mean, decay))
-        per_token["advantages"] = result.advantages
-        if self.has_critic:
-            per_token["returns"] = result.returns
-        return lengths, per_token, metrics | result.statistics
-
-    def _scored(
-        self, state: TrainState, episodes: Episodes, orders: list[np.ndarray], width: int
-    ) -> dict[str, np.ndarray]:
-        """What the estimate needs of models, [N, width] float32: old_logprobs, ref_logprobs, old_values, or nothing."""
-        wanted = {}
-        if self.kl_in_reward:
-            wanted["old_logprobs"] = (self.score, state.params)
-            wanted["ref_logprobs"] = (self.score, state.extra["ref_params"])
-        if self.has_critic:
-            wanted["old_values"] = (self.value, state.extra["critic"].params)
-        count = len(episodes.rewards)
-        found = {name: np.zeros(count * width, np.float32) for name in wanted}
-        # Packed like any array per token, it tells where each score belongs.
-        place = np.arange(1, count * width + 1, dtype=np.int32).reshape(count, width)
-        for order in orders if wanted else ():
-            batch = self._pack(episodes, order, {"place": place}, np.zeros(count))
-            used = batch["place"] > 0
-            inputs = sharding.place_rows({k: batch[k] for k in SCORED}, self.mesh)
-            for name, (score, params) in wanted.items():
-                found[name][batch["place"][used] - 1] = local_rows(score(params, inputs))[used]
-        return {name: x.reshape(count, width) for name, x in found.items()}
-
-    def _minibatch(
-        self,
-        episodes: Episodes,
-        order: np.ndarray,
-        per_token: dict[str, np.ndarray],
-        lengths: np.ndarray,
-        limit: int,
-    ) -> dict[str, np.ndarray]:
-        sequences, tokens = sum(gather(np.array([len(order), lengths[order].sum()])))
-        weights = np.zeros(len(lengths), np.float32)
-        weights[order] = token_weights(
-            lengths[order],
-            self.config.loss.aggregation,
-            num_sequences=int(sequences),
-            num_tokens=int(tokens),
-            length_limit=limit,
-        )
-        return self._pack(episodes, order, per_token, weights)
-
-    def _pack(self, episodes, order, per_token, weights) -> dict[str, np.ndarray]:
-        return minibatches(
-            episodes,
-            order,
-            per_token,
-            weights,
-            row_length=self.row_length,
-            capacity=self.capacity,
-            devices=self.local_devices,
-            micro_rows=self.config.micro_rows,
-        )
-
-    def _logprobs(self, params: Any, rows: dict[str, jax.Array]) -> jax.Array:
-        temperature = self.config.rollout.temperature
-        places = (rows[name] for name in ("tokens", "positions", "segment_ids"))
-        return token_logprobs(self.model, params, *places, temperature).logprobs_BT
-
-    def _values(self, params: Any, rows: dict[str, jax.Array]) -> jax.Array:
-        places = (rows[name] for name in ("tokens", "positions", "segment_ids"))
-        return value_head.token_values(self.model, params, *places)
-
-    def _value_loss(self, params: Any, batch: dict[str, jax.Array]):
-        return value_loss(
-            values=self._values(params, batch),
-            old_values=batch["old_values"],
-            returns=batch["returns"],
-            weights=batch["weights"],
-            clip=self.config.critic.clip,
-        )
-
-    def _loss(self, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
-        logprobs, entropy, router = token_logprobs(
-            self.model,
-            params,
-            batch["tokens"],
-            batch["positions"],
-            batch["segment_ids"],
-            temperature=self.config.rollout.temperature,
-        )
-        loss, metrics = policy_loss(
-            self.config.loss,
-            logprobs=logprobs,
-            old_logprobs=batch.get("old_logprobs"),
-            ref_logprobs=batch.get("ref_logprobs"),
-            sampler_logprobs=batch["sampler_logprobs"],
-            advantages=batch["advantages"],
-            weights=batch["weights"],
-            segment_ids=batch["segment_ids"],
-        )
-        mask = batch["weights"] > 0
-        metrics["entropy"] = Mean(
-            jnp.where(mask, jax.lax.stop_gradient(entropy), 0.0).sum(), mask.sum()
-        )
-        balance, more = balancing(self.model.config, router, jnp.sum(batch["weights"]))
-        return loss + balance, metrics | more
 
     def _save_samples(self, episodes: Episodes, step: int) -> None:
         path = self.workdir / "samples" / f"rollout_{step + 1:06d}.jsonl"

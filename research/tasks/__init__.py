@@ -1,7 +1,7 @@
 """Problems with verifiable answers: generated ones, and those read from files.
 
 make('arithmetic'), make('countdown', max_difficulty=5), make('knights'),
-make('gsm8k', train_file=..., test_file=...), make('math', test_file=...),
+make('tool_arithmetic'), make('gsm8k', train_file=..., test_file=...), make('math', test_file=...),
 make('gym:chain_sum')
 """
 
@@ -17,6 +17,7 @@ from research.tasks.base import Problem, Split, Task, Unparsed
 from research.tasks.countdown import Countdown
 from research.tasks.gym import GymTask
 from research.tasks.knights import Knights
+from research.tasks.tool_arithmetic import ToolArithmetic
 
 __all__ = ["Problem", "Split", "Task", "TaskConfig", "Unparsed", "make"]
 
@@ -25,7 +26,7 @@ __all__ = ["Problem", "Split", "Task", "TaskConfig", "Unparsed", "make"]
 class TaskConfig:
     """A task for a configuration file. Fields left at 0 or '' take the task's own default.
 
-    name: arithmetic, countdown, knights, gsm8k, math or gym:NAME.
+    name: arithmetic, countdown, knights, tool_arithmetic, gsm8k, math or gym:NAME.
     test_size: number of test problems, for tasks that generate them.
     train_size: number of training problems, for the same; without, there is no end of them.
     min_difficulty, max_difficulty: the task's own scale.
@@ -80,6 +81,7 @@ _TASKS = {
     "arithmetic": Arithmetic,
     "countdown": Countdown,
     "knights": Knights,
+    "tool_arithmetic": ToolArithmetic,
     "gsm8k": _gsm8k,
     "math": _math,
 }

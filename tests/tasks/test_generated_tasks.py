@@ -9,7 +9,7 @@ import pytest
 from research import tasks
 from research.tasks.base import held_out
 
-NAMES = ["arithmetic", "countdown", "knights"]
+NAMES = ["arithmetic", "countdown", "knights", "tool_arithmetic"]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -24,6 +24,8 @@ def canonical(task, problem):
             return "arithmetic: " + problem.question.removesuffix(" =")
         case "countdown":
             return f"countdown: {sorted(problem.data['numbers'])} {problem.data['target']}"
+        case "tool_arithmetic":
+            return "tool_arithmetic: " + problem.question.removesuffix("=")
         case _:
             return f"knights: {problem.data['statements']}"
 
@@ -103,7 +105,7 @@ def test_a_space_too_small_for_the_test_split_is_an_error():
         task.problem("test", 0)
 
 
-@pytest.mark.parametrize("limits", [(1, 3), (5, 4), (3, 1000)])
+@pytest.mark.parametrize("limits", [(0, 3), (5, 4), (3, 1000)])
 def test_a_range_that_the_task_does_not_have_is_refused(task, limits):
     with pytest.raises(ValueError, match=f"{task.name} has difficulties"):
         tasks.make(task.name, min_difficulty=limits[0], max_difficulty=limits[1])
@@ -112,7 +114,7 @@ def test_a_range_that_the_task_does_not_have_is_refused(task, limits):
 def test_unknown_names_and_options_name_the_nearest():
     with pytest.raises(ValueError, match="no task 'countdwn'; did you mean 'countdown'"):
         tasks.make("countdwn")
-    with pytest.raises(ValueError, match="arithmetic, countdown, knights, gsm8k, math, gym:NAME"):
+    with pytest.raises(ValueError, match="countdown, knights, tool_arithmetic, gsm8k, math, gym:NAME"):
         tasks.make("xyzzy")
     with pytest.raises(ValueError, match="no option 'max_products_'; did you mean 'max_products'"):
         tasks.make("arithmetic", max_products_=1)
