@@ -6,6 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from absl import flags
+
+INIT_FROM = flags.DEFINE_string(
+    "init_from", "", "gpu scale: Hugging Face directory of the base model."
+)
 
 Status = Literal["confirmed", "not resolved", "refuted", "not run"]
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]  # run → seed → what it measured

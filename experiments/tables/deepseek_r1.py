@@ -18,6 +18,7 @@ from experiments import plots, quickstart
 from experiments.configs.deepseek_r1 import quickstart as quickstart_config
 from experiments.configs.deepseek_r1 import zero_gsm8k
 from experiments.tables.base import (
+    INIT_FROM,
     Claim,
     Interval,
     Results,
@@ -36,9 +37,6 @@ from research.rl import trainer as rl
 from research.rl.evaluation import Samples
 from research.rl.trainer import EvalConfig
 
-_INIT_FROM = flags.DEFINE_string(
-    "init_from", "", "gpu scale: Hugging Face directory of the base model."
-)
 _GSM8K = flags.DEFINE_list("gsm8k", [], "gpu scale: GSM8K's train and test .jsonl files.")
 
 STEPS = 150
@@ -110,14 +108,14 @@ def _arm(
 
 def _gpu_config(seed: int) -> quickstart.Config:
     """GSM8K as the quickstart's `zero`, which is what `Judge` reads."""
-    if not _INIT_FROM.value or len(_GSM8K.value) != 2:
+    if not INIT_FROM.value or len(_GSM8K.value) != 2:
         raise ValueError("scale gpu needs --init_from=DIRECTORY and --gsm8k=TRAIN.jsonl,TEST.jsonl")
     config = configs.from_config_dict(rl.Config, zero_gsm8k.get_config())
     train, test = _GSM8K.value
     zero = dataclasses.replace(
         config,
         seed=seed,
-        init_from=_INIT_FROM.value,
+        init_from=INIT_FROM.value,
         task=dataclasses.replace(config.task, train_file=train, test_file=test),
         eval=EvalConfig(problems=128, samples=16),
     )

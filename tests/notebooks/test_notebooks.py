@@ -8,10 +8,20 @@ NOTEBOOKS = sorted((pathlib.Path(__file__).parents[2] / "notebooks").glob("*.ipy
 SMALL = {
     "01_quickstart": {"base_steps": 60, "rollouts": 3, "problems": 8},
     "02_lightning_attention": {"lengths": (256, 512)},
+    "03_policy_optimisation": {"batches": 50},
 }
 PRINTED = {
     "01_quickstart": ("held-out pass@1", "without 'wait'"),
     "02_lightning_attention": ("the library's op", "break-even by operations: 160 tokens"),
+    "03_policy_optimisation": (
+        "rloo                   [1. 1. 1.]",
+        "dr_grpo                [0.75 0.75 0.75]",
+        "grpo                   [1.464 1.4   1.44 ]",
+        "k1 in the reward: the gradient is that of KL(pi, ref)",
+        "k2 as a loss: the gradient is that of KL(pi, ref)",
+        "k3 as a loss: the gradient is that of KL(ref, pi)",
+        "k1 as a loss: the gradient is 0",
+    ),
 }
 
 

@@ -4,8 +4,13 @@
 (Qwen2.5-0.5B or 1.5B), on generated tasks, for one accelerator.
 """
 
-from experiments.tables.reinforce_pp import bias
+from experiments.tables.reinforce_pp import bias, comparison, knights, overfit, tools, transfer
 
 TABLES = {
     "bias": bias.TABLE,
+    "comparison": comparison.TABLE,
+    "overfit": overfit.TABLE,
+    "knights": knights.TABLE,
+    "transfer": transfer.TABLE,
+    "tools": tools.TABLE,
 }

@@ -19,7 +19,7 @@ from research.lm import trainer as lm
 from research.lm.decoder import Decoder
 from research.lm.presets import PRESETS
 from research.lm.tokenizer import Tokenizer
-from research.reinforce_pp import knights_data
+from research.reinforce_pp import knights_data, tool_data
 from research.tasks import make
 
 _BASES = flags.DEFINE_string(
@@ -29,37 +29,59 @@ _BASES = flags.DEFINE_string(
 )
 
 
+Examples = list[dict[str, np.ndarray]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """words: the vocabulary. examples: seed → prompts with responses, read in that order, again if they do not suffice.
+    """examples: (tokenizer, seed) → what is read, in that order, again if it does not suffice.
     steps: of batches of 1,536 tokens.
     """
 
-    words: tuple[str, ...]
-    examples: Callable[[int], Sequence[tuple[str, str]]]
+    tokenizer: Callable[[], Tokenizer]
+    examples: Callable[[Tokenizer, int], Examples]
     steps: int
     width: int = 64
     layers: int = 2
     rate: float = 6e-3
 
 
-def _arithmetic(seed: int) -> list[tuple[str, str]]:
-    return base_data.textbook(12_500, seed).texts() + base_data.web_noise(9_000, seed).texts()
+def _arithmetic(tokenizer: Tokenizer, seed: int) -> Examples:
+    parts = base_data.textbook(17_000, seed), base_data.web_noise(9_500, seed)
+    return _tokenized(tokenizer, [pair for part in parts for pair in part.texts()])
 
 
-def _knights(seed: int) -> list[tuple[str, str]]:
+def _knights(tokenizer: Tokenizer, seed: int) -> Examples:
     task = make("knights", min_difficulty=2, max_difficulty=6, terse=True, kinds=KINDS)
-    return knights_data.examples(task, 12_000, seed, guesses=0.5)
+    return _tokenized(tokenizer, knights_data.examples(task, 12_000, seed, guesses=0.5))
 
 
-KINDS = (
-    "is",
-    "and",
-    "or",
-)  # of the statements in `knights`: what two layers can learn something of
+def _tools(tokenizer: Tokenizer, seed: int) -> Examples:
+    task = make("tool_arithmetic", min_difficulty=1, max_difficulty=3, seed=1_000_000 + seed)
+    return tool_data.examples(tokenizer, task, textbook=14_000, noise=9_000, seed=seed)
+
+
+def _tokenized(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> Examples:
+    """Of prompts with responses; the loss is on the response."""
+    prompts, responses = (tokenizer.encode_batch(texts) for texts in zip(*pairs, strict=True))
+    return [
+        {
+            "tokens": np.concatenate([prompt, response]),
+            "loss_mask": np.repeat(np.int32([0, 1]), [len(prompt), len(response)]),
+        }
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
+def _words(words: tuple[str, ...]) -> Callable[[], Tokenizer]:
+    return lambda: Tokenizer.words(words, pad=base_data.PAD, eos=base_data.END)
+
+
+KINDS = ("is", "not", "and", "or", "iff", "if")  # of the statements in `knights`: none that count
 BASES = {
-    "arithmetic": Base(base_data.WORDS, _arithmetic, steps=360),
-    "knights": Base(knights_data.WORDS, _knights, steps=500),
+    "arithmetic": Base(_words(base_data.WORDS), _arithmetic, steps=340),
+    "knights": Base(_words(knights_data.WORDS), _knights, steps=500),
+    "tools": Base(tool_data.tokenizer, _tools, steps=450, width=96),
 }
 
 
@@ -67,19 +89,19 @@ BASES = {
 def base(name: str, seed: int) -> tuple[Decoder, Any, Tokenizer]:
     """(model, parameters, tokenizer); trains it if it is not in --bases, or not to its end."""
     directory = pathlib.Path(_BASES.value) / name / f"seed{seed}"
-    config = configured(BASES[name], seed)
-    tokenizer = Tokenizer.words(BASES[name].words, pad=base_data.PAD, eos=base_data.END)
-    trainer = lm.build(
-        config, directory, tokenizer=tokenizer, examples=tokenized(BASES[name], seed, tokenizer)
-    )
+    described = BASES[name]
+    tokenizer = described.tokenizer()
+    config = configured(described, tokenizer, seed)
+    examples = described.examples(tokenizer, seed)
+    trainer = lm.build(config, directory, tokenizer=tokenizer, examples=examples)
     loop.run(trainer, config.loop, directory, fingerprint_of=config, name=f"base {name} {seed}")
     return checkpoints.load(directory)
 
 
-def configured(base: Base, seed: int) -> lm.Config:
+def configured(base: Base, tokenizer: Tokenizer, seed: int) -> lm.Config:
     model = dataclasses.replace(
         PRESETS["quickstart"],
-        vocab_size=-(-len(base.words) // 8) * 8,
+        vocab_size=-(-tokenizer.vocab_size // 8) * 8,
         hidden_size=base.width,
         num_layers=base.layers,
         head_dim=16,
@@ -90,20 +112,7 @@ def configured(base: Base, seed: int) -> lm.Config:
         model=model,
         data=DataConfig(seq_len=128, batch_size=12, shuffle=False),
         optim=OptimConfig(
-            lr=base.rate, b2=0.98, weight_decay=0.01, schedule="cosine", warmup_steps=30, final_fraction=0.05
+            lr=base.rate, b2=0.98, weight_decay=0.01, schedule="cosine", warmup_steps=30, final_fraction=0.3
         ),
         loop=LoopConfig(steps=base.steps, log_every=20),
     )  # fmt: skip
-
-
-def tokenized(base: Base, seed: int, tokenizer: Tokenizer) -> list[dict[str, np.ndarray]]:
-    """Examples whose loss is on the response."""
-    pairs = base.examples(seed)
-    prompts, responses = (tokenizer.encode_batch(texts) for texts in zip(*pairs, strict=True))
-    return [
-        {
-            "tokens": np.concatenate([prompt, response]),
-            "loss_mask": np.repeat(np.int32([0, 1]), [len(prompt), len(response)]),
-        }
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]

@@ -189,7 +189,7 @@ TABLE = Table(
         Claim(
             "B1",
             "Normalising by a group's own statistics is biased, and the bias vanishes as the group grows",
-            "Theorem 1; no figures. By quadrature .675, 1.186, 1.553, 1.776, 1.946, 1.985 for N = 2, 4, 8, 16, 64, 256",
+            "Theorem 1; no figures. By quadrature .675, 1.186, 1.553, 1.773, 1.945, 1.986 for N = 2, 4, 8, 16, 64, 256",
             f"Gaussian rewards, r fixed at 2 deviations: {_RULE}",
             ("gaussian",),
             functools.partial(_biased, "gaussian", Z),
