@@ -25,7 +25,7 @@ from research.lm.tokenizer import Tokenizer
 from research.rewards import Rewarder
 from research.rl import trainer as rl
 from research.rl.rollout import Actor, evaluate
-from research.tasks import TaskConfig, make
+from research.tasks import Task, TaskConfig, make
 
 MATCHINGS = ("shared", "tuned")
 Start = tuple[Decoder, Any, Tokenizer]
@@ -136,7 +136,7 @@ def examine(
     sampler = _sampler(shape, config.mesh, rollout.max_prompt, rollout.longest_response)
     sampling = Sampling(max_new_tokens=rollout.longest_response, stop_ids=tokenizer.stop_ids)
     for name, described in {**plan.tests, "validation": plan.validation}.items():
-        task = make(described)
+        task = _task(described)
         with Rewarder(config.reward, task) as rewarder:
             report, _ = evaluate(
                 Actor(sampler, tokenizer, rewarder, rollout.template, rollout.chat, rollout.tools),
@@ -149,6 +149,12 @@ def examine(
             )
         reports[name] = {key: round(value, 4) for key, value in report.items()}
     return reports
+
+
+@functools.lru_cache(maxsize=16)
+def _task(described: TaskConfig) -> Task:
+    """One for all the runs of a process: its test problems are drawn once."""
+    return make(described)
 
 
 @functools.lru_cache(maxsize=4)
