@@ -109,6 +109,7 @@ def configured(base: Base, tokenizer: Tokenizer, seed: int) -> lm.Config:
     )
     return lm.Config(
         seed=seed,
+        mesh="data=1",  # the same base model on any machine
         model=model,
         data=DataConfig(seq_len=128, batch_size=12, shuffle=False),
         optim=OptimConfig(
