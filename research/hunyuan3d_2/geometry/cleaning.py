@@ -1,0 +1,94 @@
+"""Meshes out: small pieces and degenerate faces away, fewer faces, and files."""
+
+import os
+import pathlib
+
+import numpy as np
+import trimesh
+
+from research.hunyuan3d_2.geometry import solids, topology
+
+FACES = 40_000
+_SUFFIXES = (".glb", ".obj", ".stl", ".ply")
+
+
+def clean(mesh: trimesh.Trimesh, faces: int | None = FACES) -> trimesh.Trimesh:
+    """What an extracted surface needs before it is used: the three functions below, in order."""
+    mesh = drop_degenerate(drop_small(mesh))
+    return mesh if faces is None else decimate(mesh, faces)
+
+
+def drop_small(mesh: trimesh.Trimesh, fraction: float = 0.005) -> trimesh.Trimesh:
+    """Without bodies of fewer faces than `fraction` of the largest body's."""
+    vertices, faces = _arrays(mesh)
+    count, label = topology.components(faces)
+    sizes = np.bincount(label, minlength=count)
+    return _mesh(vertices, faces[(sizes >= fraction * sizes.max(initial=0))[label]])
+
+
+def drop_degenerate(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
+    """Vertices within 1e-6 of the longest side are welded, and faces that are thereby none dropped.
+
+    A closed mesh stays closed.
+    """
+    vertices, faces = _arrays(mesh)
+    size = np.ptp(vertices[np.unique(faces)], axis=0).max() if len(faces) else 0
+    return _mesh(*topology.weld(vertices, faces, 1e-6 * size)) if size > 0 else mesh
+
+
+def decimate(mesh: trimesh.Trimesh, faces: int) -> trimesh.Trimesh:
+    """At most about `faces` faces, by edge collapse in the order of quadric error.
+
+    Geometry alone: colours and UVs have no meaning on the new vertices. A closed mesh stays closed.
+    Raises ValueError for fewer than 4 faces, the least that bound a solid.
+    """
+    if faces < 4:
+        raise ValueError(f"a closed mesh has at least 4 faces; cannot decimate to {faces}")
+    if len(mesh.faces) <= faces:
+        return mesh
+    return _mesh(*solids.simplify(*_arrays(mesh), faces))
+
+
+def save(mesh: trimesh.Trimesh, path: str | os.PathLike) -> pathlib.Path:
+    """Writes a GLB, OBJ, STL or PLY, by the suffix; the directory is made if there is none.
+
+    All are written y up as the mesh stands (GLB's own convention), as one mesh. A GLB has one
+    material: the mesh's own, or a grey matt one, tinted by the vertex colours if there are any.
+    Raises ValueError for another suffix or an empty mesh.
+    """
+    path = pathlib.Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise ValueError(f"{path}: the name must end in one of {', '.join(_SUFFIXES)}")
+    if not len(mesh.faces):
+        raise ValueError(f"the mesh is empty; {path} is not written")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if suffix == ".glb":
+        if mesh.visual.kind != "texture":
+            mesh = _with_material(mesh)
+        trimesh.Scene({"mesh": mesh}).export(path, file_type="glb", include_normals=True)
+    else:
+        mesh.export(path, file_type=suffix[1:])
+    return path
+
+
+def _with_material(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
+    coloured = mesh.visual.kind in ("vertex", "face")
+    material = trimesh.visual.material.PBRMaterial(
+        name="surface",
+        baseColorFactor=[255, 255, 255, 255] if coloured else [200, 200, 200, 255],
+        metallicFactor=0.0,
+        roughnessFactor=0.8,
+    )
+    visual = trimesh.visual.TextureVisuals(material=material)
+    if coloured:
+        visual.vertex_attributes["color"] = np.asarray(mesh.visual.vertex_colors, np.uint8)
+    return trimesh.Trimesh(mesh.vertices, mesh.faces, visual=visual, process=False)
+
+
+def _arrays(mesh: trimesh.Trimesh) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray(mesh.vertices, np.float64), np.asarray(mesh.faces, np.int64)
+
+
+def _mesh(vertices: np.ndarray, faces: np.ndarray) -> trimesh.Trimesh:
+    return trimesh.Trimesh(*topology.compact(vertices, faces), process=False)
