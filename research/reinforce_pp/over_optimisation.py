@@ -40,7 +40,7 @@ WORDS = (PAD, *LETTERS, ASK, END)
 
 
 class Requests(GeneratedTask):
-    """Problems of `min_difficulty` to `max_difficulty` different words out of `vocabulary`, in any order.
+    """Problems of `min_difficulty` to `max_difficulty` different words out of `vocabulary`, in its order.
 
     `question` is what is asked, with `{words}` in it; `data['words']` are those of a problem. An answer is right if its
     gold score is 1: every word of the request once, and nothing else.
@@ -62,7 +62,8 @@ class Requests(GeneratedTask):
         self.vocabulary, self.question, self.waste = tuple(vocabulary), question, waste
 
     def draw(self, rng: random.Random, difficulty: int) -> list[str]:
-        return rng.sample(self.vocabulary, difficulty)
+        chosen = rng.sample(range(len(self.vocabulary)), difficulty)
+        return [self.vocabulary[at] for at in sorted(chosen)]
 
     def canonical_problem(self, drawn: list[str]) -> str:
         return "requests: " + " ".join(drawn)

@@ -14,7 +14,7 @@ import numpy as np
 
 from research.core import checkpoint
 from research.core import mesh as meshes
-from research.lm import reward_model
+from research.lm import reward_scorer
 from research.lm.examples import Tokenize
 from research.rewards import Reward, Rewarder
 from research.tasks import Problem
@@ -66,7 +66,7 @@ class ModelRewarder:
 
         Raises ValueError if `config.path` is no reward model, or has nothing to normalise by.
         """
-        model = reward_model.load(config.path, config.step)
+        model = reward_scorer.load(config.path, config.step)
         self.config, self.task, self._rewarder = config, rewarder.task, rewarder
         self._tokenize = Tokenize(model.tokenizer, model.chat)
         self._shift, self._scale = (
@@ -74,7 +74,7 @@ class ModelRewarder:
         )
         local = jax.local_devices()
         grid = meshes.make({"data": devices or len(local)}, local[: devices or len(local)])
-        self._score = reward_model.Scorer(model, grid, config.micro_rows, config.dtype)
+        self._score = reward_scorer.Scorer(model, grid, config.micro_rows, config.dtype)
 
     def __call__(
         self,

@@ -17,7 +17,7 @@ from research.core import mesh as meshes
 from research.core.data import DataConfig, DataError, SourceConfig
 from research.core.loop import LoopConfig
 from research.core.optim import OptimConfig
-from research.lm import checkpoints
+from research.lm import checkpoints, reward_scorer, value_head
 from research.lm import reward_model as rm
 from research.lm.config import DecoderConfig
 from research.lm.decoder import Decoder
@@ -40,9 +40,9 @@ def params():
 @pytest.fixture(scope="module")
 def trained(params):
     """A reward model with a head that is not zero, never trained."""
-    params = rm.value_head.init(params, 32)
+    params = value_head.init(params, 32)
     params["value"] = {"kernel": RNG.normal(size=32).astype(np.float32), "bias": np.float32(0.3)}
-    return rm.RewardModel(MODEL, params, TOKENIZER, "bradley_terry", False)
+    return reward_scorer.RewardModel(MODEL, params, TOKENIZER, "bradley_terry", False)
 
 
 def write(path, count, seed):
@@ -202,7 +202,7 @@ def test_reports_of_graded_responses():
 
 def test_a_score_is_the_heads_number_at_the_last_token(trained):
     sequences = [RNG.integers(1, 250, n).astype(np.int32) for n in (5, 12, 3)]
-    scores = rm.Scorer(trained, meshes.make("data=1", jax.devices()[:1]), 2)(sequences)
+    scores = reward_scorer.Scorer(trained, meshes.make("data=1", jax.devices()[:1]), 2)(sequences)
     head, unused = trained.params["value"], jnp.zeros((32, 260))
     full = {"params": {"head": {"kernel": unused}, **trained.params["decoder"]}}
     apply = jax.jit(functools.partial(MODEL.apply, return_hidden=True))
@@ -217,12 +217,12 @@ def test_a_score_depends_on_its_sequence_alone(trained):
     rng = np.random.default_rng(7)
     sequences = [rng.integers(1, 250, n).astype(np.int32) for n in (4, 30, 9, 64, 1, 17, 96, 33, 8)]
     one = meshes.make("data=1", jax.devices()[:1])
-    scorer = rm.Scorer(trained, one, 1)
+    scorer = reward_scorer.Scorer(trained, one, 1)
     alone = np.concatenate([scorer([sequence]) for sequence in sequences])
     assert np.ptp(alone) > 0.1
     for devices, micro_rows in ((1, 4), (2, 1), (8, 1)):
         grid = meshes.make(f"data={devices}", jax.devices()[:devices])
-        together = rm.Scorer(trained, grid, micro_rows)(sequences)
+        together = reward_scorer.Scorer(trained, grid, micro_rows)(sequences)
         np.testing.assert_allclose(together, alone, atol=2e-5)
     np.testing.assert_allclose(scorer(sequences[::-1])[::-1], alone, atol=2e-5)
     odd = scorer([sequences[0], np.zeros(0, np.int32), np.ones(97, np.int32)])
@@ -233,8 +233,8 @@ def test_a_score_depends_on_its_sequence_alone(trained):
 def test_a_binary_model_scores_the_probability(trained):
     one = meshes.make("data=1", jax.devices()[:1])
     sequences = [np.arange(1, 6, dtype=np.int32)]
-    plain = rm.Scorer(trained, one, 1)(sequences)
-    binary = rm.Scorer(trained._replace(loss="binary"), one, 1)(sequences)
+    plain = reward_scorer.Scorer(trained, one, 1)(sequences)
+    binary = reward_scorer.Scorer(trained._replace(loss="binary"), one, 1)(sequences)
     np.testing.assert_allclose(binary, sigmoid(plain), rtol=1e-5)
 
 
@@ -257,11 +257,11 @@ def test_it_learns_an_order_and_comes_back_from_its_directory(tmp_path, params):
     assert last["eval/pairs"] == 51
     assert last["eval/accuracy"] > 0.9 and last["eval/loss"] < 0.4 and last["accuracy"] > 0.9
 
-    loaded = rm.load(run)
+    loaded = reward_scorer.load(run)
     assert loaded.loss == "bradley_terry" and loaded.model.config == TINY
     text = lambda t: np.concatenate([TOKENIZER.encode("?" + t), [TOKENIZER.eos_id]])  # noqa: E731
     tokens = [text(word) for word in ("a", "bb", "ch", "hhhh")]
-    scorer = rm.Scorer(loaded, meshes.make("data=2"), 2)
+    scorer = reward_scorer.Scorer(loaded, meshes.make("data=2"), 2)
     scores = scorer(tokens)
     assert list(np.argsort(scores)) == [0, 1, 2, 3]
     # Held-out figures again, from the texts and the loaded model.
@@ -272,7 +272,7 @@ def test_it_learns_an_order_and_comes_back_from_its_directory(tmp_path, params):
     with pytest.raises(ValueError, match="is a reward model, which predicts no tokens"):
         checkpoints.load(run)
     with pytest.raises(ValueError, match="holds no reward model"):
-        rm.load(tmp_path)
+        reward_scorer.load(tmp_path)
 
     # It goes on from where it was.
     again = rm.build(dataclasses.replace(config, init_from=str(run)), tmp_path / "y").init()

@@ -4,10 +4,12 @@
 (Qwen2.5-0.5B or 1.5B), on generated tasks, for one accelerator.
 """
 
-from experiments.tables.reinforce_pp import bias, comparison, knights, overfit, tools, transfer
+from experiments.tables.reinforce_pp import bias, comparison, knights, noise, overfit, proxy, tools, transfer
 
 TABLES = {
     "bias": bias.TABLE,
+    "proxy": proxy.TABLE,
+    "noise": noise.TABLE,
     "comparison": comparison.TABLE,
     "overfit": overfit.TABLE,
     "knights": knights.TABLE,
