@@ -19,7 +19,7 @@ P = 0.1  # pass rate of the right-or-wrong prompt; its right answer has z = 3
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
 RATES = (0.05, 0.1, 0.25, 0.5)
 WEIGHED = (2, 4, 8, 64)
-SAMPLES = {"cpu": 1_000_000, "gpu": 16_000_000}  # rewards for each group size
+SAMPLES = {"cpu": 4_000_000, "gpu": 16_000_000}  # rewards for each group size
 
 
 def _gaussian(samples: int, seed: int, directory: pathlib.Path, results: Any) -> dict[str, Any]:

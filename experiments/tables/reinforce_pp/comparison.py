@@ -27,6 +27,9 @@ FAMILIES = {  # panels of the figure; GRPO is in all of them
     "the group's mean": ("dr_grpo", "rloo", "batch_std", "reinforce_pp_baseline"),
     "GRPO's advantage, another loss": ("dapo", "gspo", "cispo", "minimax_grpo"),
 }
+COLORS = (
+    *("C0", "C1", "C2", "C3"), *("C4", "C5", "C9", "#d6006e"), *("C8", "#1b7837", "#b15928", "#003f5c"),
+)  # fmt: skip
 TITLES = {
     "ppo": "PPO", "grpo": "GRPO", "dr_grpo": "Dr.GRPO", "rloo": "RLOO", "remax": "ReMax", "reinforce": "REINFORCE",
     "reinforce_pp": "REINFORCE++", "reinforce_pp_baseline": "REINFORCE++ w/ Baseline", "batch_std": "batch std",
@@ -98,11 +101,13 @@ def responses(config: rl.Config, run: Mapping[str, Any]) -> np.ndarray:
 
 def figure(results: Results, path: pathlib.Path, plan: Plan = PLANS["cpu"]) -> None:
     """Learning curves by family, each beside GRPO's, and the end on held-out problems."""
-    figure_, axes = plt.subplots(1, 4, figsize=(15, 3.9), width_ratios=(1, 1, 1, 1.05))
-    colors = {"grpo": "black"}
+    figure_ = plt.figure(figsize=(14.5, 4), layout="constrained")
+    left, right = figure_.subfigures(1, 2, width_ratios=(3, 1.35))
+    axes = [*left.subplots(1, len(FAMILIES), sharey=True), right.subplots()]
+    others = (name for names in FAMILIES.values() for name in names)
+    colors = {"grpo": "black"} | dict(zip(others, COLORS, strict=True))
     for axis, (title, names) in zip(axes, FAMILIES.items(), strict=False):
-        for i, arm in enumerate(("grpo", *names)):
-            colors.setdefault(arm, f"C{i - 1}")
+        for arm in ("grpo", *names):
             if not results.get(arm):
                 continue
             found = [
@@ -117,14 +122,13 @@ def figure(results: Results, path: pathlib.Path, plan: Plan = PLANS["cpu"]) -> N
             axis.fill_between(
                 at, values.min(axis=0), values.max(axis=0), color=colors[arm], alpha=0.12, lw=0
             )
-        axis.set(title=title, xlabel="responses sampled", ylim=(0, 1))
-        axis.legend(frameon=False, fontsize=8, loc="upper left")
+        axis.set(title=title, xlabel="responses sampled")
+        axis.legend(frameon=False, fontsize=8, loc="lower right")
     axes[0].set_ylabel("pass@1 on fresh problems")
     _ends(axes[3], results, colors)
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure_.tight_layout()
     figure_.savefig(path, dpi=150)
     plt.close(figure_)
 
@@ -161,15 +165,7 @@ def _ends(axis, results: Results, colors: Mapping[str, str]) -> None:
     if results.get("base"):
         base = arms.over_base(results, _held_out).value
         axis.axvline(base, color="gray", ls=":")
-        axis.annotate(
-            "base",
-            (base, -0.6),
-            fontsize=8,
-            color="gray",
-            ha="center",
-            va="top",
-            annotation_clip=False,
-        )
+        axis.annotate(" base", (base, len(ranked) - 1), fontsize=8, color="gray", va="center")
     axis.set(title="held-out pass@1 at the end", xlabel="seeds, mean, 95 % interval")
 
 
