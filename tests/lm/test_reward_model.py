@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.configs.reinforce_pp import reward_model as reward_model_config
 from research.core import config as configs
 from research.core import loop
 from research.core import mesh as meshes
@@ -386,3 +387,11 @@ def test_the_config_survives_its_file(tmp_path):
     config = make_config(tmp_path)
     configs.save(tmp_path / "config.json", config)
     assert configs.load(tmp_path / "config.json", rm.Config) == config
+
+
+def test_the_config_file_has_its_variants():
+    for loss in ("", "binary", "regression"):
+        config = configs.from_config_dict(rm.Config, reward_model_config.get_config(loss))
+        assert config.loss == (loss or "bradley_terry") and config.eval_sources
+    with pytest.raises(ValueError, match="no variant 'huge'"):
+        reward_model_config.get_config("huge")

@@ -115,10 +115,19 @@ def test_scores_are_normalised_by_the_held_out_data_of_the_reward_model(proxy):
     figures = metrics.read(proxy / "metrics.jsonl")[-1]
     mean, deviation = moments(proxy)
     assert (mean, deviation) == (figures["eval/score/mean"], figures["eval/score/std"])
-    rewarder = ModelRewarder(RewardModelConfig(str(proxy), normalise=True, clip=None), Verifier())
     wanted = (plain_scores(proxy) - mean) / deviation
-    totals = [r.total for r in rewarder(PROBLEMS, TEXTS, [True] * 3, seed=0)]
-    np.testing.assert_allclose(totals, wanted, rtol=1e-3, atol=1e-4)
+    for clip in (
+        None,
+        float(np.sort(np.abs(wanted))[1]) - 1e-3,
+    ):  # what is clipped is the normalised score
+        config = RewardModelConfig(str(proxy), normalise=True, clip=clip)
+        rewards = ModelRewarder(config, Verifier())(PROBLEMS, TEXTS, [True] * 3, seed=0)
+        np.testing.assert_allclose(
+            [r.parts["proxy"] for r in rewards], wanted, rtol=1e-3, atol=1e-4
+        )
+        bound = clip or np.inf
+        totals = [r.total for r in rewards]
+        np.testing.assert_allclose(totals, np.clip(wanted, -bound, bound), rtol=1e-3, atol=1e-4)
 
 
 def test_a_response_that_was_cut_off_is_scored_at_its_last_token(proxy):

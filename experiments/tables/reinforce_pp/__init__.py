@@ -4,7 +4,16 @@
 (Qwen2.5-0.5B or 1.5B), on generated tasks, for one accelerator.
 """
 
-from experiments.tables.reinforce_pp import bias, comparison, knights, noise, overfit, proxy, tools, transfer
+from experiments.tables.reinforce_pp import (
+    bias,
+    comparison,
+    knights,
+    noise,
+    overfit,
+    proxy,
+    tools,
+    transfer,
+)
 
 TABLES = {
     "bias": bias.TABLE,
