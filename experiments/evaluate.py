@@ -39,7 +39,7 @@ _STEP = flags.DEFINE_string(
 )
 _HF = flags.DEFINE_string("hf", None, "A published checkpoint's directory.")
 _TASK = flags.DEFINE_string(
-    "task", None, "arithmetic, countdown, knights, gsm8k, math or gym:NAME."
+    "task", None, "arithmetic, countdown, knights, tool_arithmetic, gsm8k, math or gym:NAME."
 )
 _TASK_OPTIONS = flags.DEFINE_list("task_options", [], "Settings of the task, each name=value.")
 _TEMPLATE = flags.DEFINE_string(
@@ -64,6 +64,9 @@ _MAX_PROMPT = flags.DEFINE_integer(
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "Longest response; default: the run's, or 1024.", 1
+)
+_TOOL_CALLS = flags.DEFINE_integer(
+    "tool_calls", None, "Calculator calls answered in a response; default: the run's, or none.", 0
 )
 _SLOTS = flags.DEFINE_integer("slots", 256, "Responses sampled side by side.", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the random draws.")
@@ -108,6 +111,9 @@ def measure() -> tuple[dict[str, float], dict]:
     reward = dataclasses.replace(reward, random=None)
     if _ANSWER_FROM.value:
         reward = dataclasses.replace(reward, answer_from=_ANSWER_FROM.value)
+    tools = rollout.tools
+    if _TOOL_CALLS.value is not None:
+        tools = dataclasses.replace(tools, calls=_TOOL_CALLS.value)
     task = make(task_config)
     size = task.size(_SPLIT.value)
     problems = _PROBLEMS.value or size
@@ -136,7 +142,7 @@ def measure() -> tuple[dict[str, float], dict]:
     with Rewarder(reward, task) as rewarder:
         chat = _CHAT.value or bool(config and config.rollout.chat)
         template = TEMPLATES.get(template, template)
-        actor = Actor(sampler, tokenizer, rewarder, template, chat, rollout.tools)
+        actor = Actor(sampler, tokenizer, rewarder, template, chat, tools)
         actor.check(task, _SPLIT.value, problems)
         figures, episodes = evaluate(
             actor,
@@ -161,6 +167,7 @@ def measure() -> tuple[dict[str, float], dict]:
         "problems": problems,
         "samples": _SAMPLES.value,
         "sampling": dataclasses.asdict(sampling),
+        "tools": dataclasses.asdict(tools),
         "seed": _SEED.value,
     }
     return figures, settings

@@ -40,9 +40,10 @@ def examples(
     tokens int32, prompt first; loss_mask int32, 1 for what the model writes: neither prompt nor results.
     """
     rng = random.Random(f"tool_data/{seed}")
+    first = (seed + 1) * 10**9  # none of those that reinforcement learning will begin with
     found = []
     for index in range(textbook + noise):
-        problem = task.problem("train", index)
+        problem = task.problem("train", first + index)
         kind = "right" if index < textbook else rng.choices(list(MIXTURE), MIXTURE.values())[0]
         parts = [(problem.question, 0), *_trace(problem, kind, rng), (EOS, 1)]
         ids = tokenizer.encode_batch([text for text, _ in parts])

@@ -151,6 +151,22 @@ class Graded:
     tool_use: np.ndarray | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """The groups to learn from (`episodes`), all that were sampled for them (`seen`), and how.
+
+    greedy: [N] float64, reward of the greedy response to the problem of each response, where the estimator asks for it.
+    rounds: of sampling, up to and with this rollout.
+    """
+
+    episodes: Episodes
+    seen: list[Episodes]
+    greedy: np.ndarray | None
+    rounds: int
+    metrics: dict[str, float]
+    seconds: float
+
+
 def measure(parts: Sequence[Graded]) -> dict[str, float]:
     """All that is logged of a rollout: rewards, statuses, accuracy, lengths, reflection, language."""
     samples = evaluation.join([part.samples for part in parts])

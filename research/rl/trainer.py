@@ -38,7 +38,15 @@ from research.rl.objectives import Objectives
 from research.rl.preparation import Preparation
 from research.rl.processes import gather, local
 from research.rl.reward_model import ModelRewarder
-from research.rl.rollout import Actor, Episodes, evaluate, local_devices, measure, select
+from research.rl.rollout import (
+    Actor,
+    Episodes,
+    Rollout,
+    evaluate,
+    local_devices,
+    measure,
+    select,
+)
 from research.tasks import Problem, Task
 from research.tasks import make as make_task
 
@@ -71,22 +79,6 @@ def build(
         )
     model = Decoder(shape)
     return _Run(config, pathlib.Path(workdir), model, params, tokenizer, rewarder).trainer()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rollout:
-    """The groups to learn from, all that were sampled for them, and how.
-
-    greedy: [N] float64, reward of the greedy response to the problem of each response, where the estimator asks for it.
-    rounds: of sampling, up to and with this rollout.
-    """
-
-    episodes: Episodes
-    seen: list[Episodes]
-    greedy: np.ndarray | None
-    rounds: int
-    metrics: dict[str, float]
-    seconds: float
 
 
 class _Run:
@@ -340,7 +332,7 @@ class _Run:
             self._order = np.random.default_rng([self.config.seed, epoch]).permutation(size)
         return self.task.problem("train", int(self._order[place]))
 
-    def _rollout(self, params: Any, step: int, rounds: int) -> _Rollout:
+    def _rollout(self, params: Any, step: int, rounds: int) -> Rollout:
         """Rollout `step` of a policy, after so many rounds of sampling. May run in a thread of its own."""
         started = time.perf_counter()
         limit, most = self.config.rollout.limit_at(step), self.config.rollout.rounds
@@ -365,7 +357,7 @@ class _Run:
             episodes = select(seen, (kept + spare)[:wanted])
         greedy = self._greedy(params, episodes.problems, step, limit)
         seconds = time.perf_counter() - started
-        return _Rollout(episodes, seen, greedy, rounds + len(seen), metrics, seconds)
+        return Rollout(episodes, seen, greedy, rounds + len(seen), metrics, seconds)
 
     def _round(self, params: Any, number: int, limit: int) -> Episodes:
         """The responses to the next problems of the stream, which round `number` of sampling takes."""

@@ -27,7 +27,8 @@ CONFIG = DecoderConfig(
     mixers=("lightning", "softmax"),
     scan_layers=False,
 )
-MAX_PROMPT, MAX_NEW, LENGTH = 12, 24, 48
+# Together a whole ring: a row that sits out has no place to spare.
+MAX_PROMPT, MAX_NEW, LENGTH = 12, 36, 48
 STOP, CALL, OTHER = 1, 2, 3
 SAMPLING = Sampling(MAX_NEW, temperature=0.9, stop_ids=(STOP,))
 
@@ -69,8 +70,8 @@ def prompts():
     return [rng.integers(0, 13, size=n) for n in (1, 5, 12, 3, 7)]
 
 
-def run(slots=4, devices=2, block=8, *, pauses=PAUSES):
-    """20 sequences; of two rows of each shard one sits out while the other goes on, and the ring wraps."""
+def run(slots=4, devices=1, block=8, *, pauses=PAUSES):
+    """20 sequences; some rows sit out while others go on, all have other ages, and the ring wraps."""
     return sampler(slots, devices, block)(
         params(), prompts(), jax.random.key(8), SAMPLING, num_samples=4, pauses=pauses
     )
@@ -109,7 +110,8 @@ def one_by_one(prompt, prompt_id, sample):
 @pytest.mark.parametrize(
     ("slots", "devices", "block"),
     [
-        (4, 2, 8),
+        (4, 1, 8),
+        pytest.param(4, 2, 8, marks=pytest.mark.slow),
         pytest.param(20, 1, 64, marks=pytest.mark.slow),  # all at once, in a ring that grows
         pytest.param(3, 1, 64, marks=pytest.mark.slow),
     ],
@@ -138,7 +140,7 @@ def test_a_reply_is_asked_for_with_what_was_said():
         return reply(row, tokens)
 
     out = run(pauses=Pauses(PAUSES.ids, recorded))
-    assert {row for row, _ in asked} > set(range(3))
+    assert len({row for row, _ in asked}) > 9
     for row, tokens in asked:
         assert tokens.tolist() == out.tokens[row, : len(tokens)].tolist()
         assert tokens[-1] in (CALL, OTHER) and not out.given[row, len(tokens) - 1]
@@ -146,8 +148,8 @@ def test_a_reply_is_asked_for_with_what_was_said():
 
 def test_what_does_not_fit_cuts_a_sequence_off():
     long = Pauses((CALL, OTHER), lambda row, tokens: np.full(MAX_NEW, 5))
-    out, plain = run(pauses=long), run(pauses=None)
-    assert not out.given.any() and plain.given is None
+    out, plain = run(pauses=long), run(pauses=Pauses((), reply))
+    assert not out.given.any() and not plain.given.any()
     for sequence, stopped, whole in zip(out.sequences, out.stopped, plain.sequences, strict=True):
         end = [i for i, token in enumerate(whole) if token in (CALL, OTHER)][:1]
         assert sequence.tolist() == whole[: end[0] + 1 if end else len(whole)].tolist()

@@ -8,16 +8,23 @@ import numpy as np
 import pytest
 import test_rl_trainer as base
 
-from research.core import metrics
+from research.core import loop, metrics
+from research.core.data import DataConfig
+from research.core.loop import LoopConfig
+from research.core.optim import OptimConfig
+from research.lm import trainer as lm
+from research.lm.config import DecoderConfig
+from research.lm.decoder import Decoder
 from research.lm.sampler import Completions, Sampling
 from research.lm.tokenizer import Tokenizer
 from research.reinforce_pp import tool_data
 from research.rewards import RewardConfig, Rewarder, Status
 from research.rl import rollout
+from research.rl import trainer as rl
 from research.rl.advantages import AdvantageConfig
 from research.rl.losses import LossConfig
 from research.rl.tools import ToolConfig, Tools
-from research.tasks import make
+from research.tasks import TaskConfig, make
 
 TOKENIZER = tool_data.tokenizer()
 SPELLED = Tokenizer.byte()  # has no tags: they are written letter by letter
@@ -298,6 +305,76 @@ def test_an_update_is_that_of_the_policy_s_own_tokens(tmp_path):
     # The sampler's numbers were random; the mean is over the policy's tokens alone.
     theirs = np.where(inside[:, 1:], 1, 0).sum()
     assert theirs == episodes.lengths.sum() and figures["mismatch/abs"] > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_policy_learns_to_call(tmp_path, base_model, staleness):
+    """The base calls in half of its responses; products of two-digit numbers cannot be guessed."""
+    model, params = base_model
+    config = rl.Config(
+        mesh="data=2",
+        task=TaskConfig("tool_arithmetic", min_difficulty=1, max_difficulty=1, test_size=64),
+        reward=RewardConfig(format=0.0),
+        rollout=rl.RolloutConfig(
+            prompts=16,
+            group_size=8,
+            max_prompt=8,
+            max_new_tokens=32,
+            tools=tool_data.TOOLS,
+            staleness=staleness,
+        ),
+        estimator="reinforce_pp_baseline",
+        scan_layers=False,
+        row_length=48,
+        optim=OptimConfig("adam", lr=1e-3, b2=0.95),
+        eval=rl.EvalConfig(problems=64, samples=8),
+        loop=LoopConfig(steps=20),
+    )
+    trainer = rl.build(config, tmp_path, model=model, params=params, tokenizer=TOKENIZER)
+    before = trainer.evaluate(trainer.init())
+    loop.run(trainer, config.loop, tmp_path)
+    lines = metrics.read(tmp_path / "metrics.jsonl")
+    after = lines[-1]
+    assert before["pass@1"] < 0.4 and before["tools/calls"] < 0.7
+    assert after["eval/pass@1"] > 0.7 and after["eval/tools/calls"] > 0.9
+    assert after["eval/pass@1"] <= after["eval/tools/calls"]
+    assert all(line["mismatch/max"] < 1e-4 for line in lines)
+    assert (
+        lines[1]["compiles"] == after["compiles"]
+    )  # calls come and go, and nothing is compiled for them
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory):
+    """(model, parameters) after 150 steps on the tool data."""
+    task = make("tool_arithmetic", min_difficulty=1, max_difficulty=1)
+    examples = tool_data.examples(TOKENIZER, task, textbook=5000, noise=8000, seed=0)
+    config = lm.Config(
+        mesh="data=2",
+        model=DecoderConfig(
+            vocab_size=TOKENIZER.vocab_size,
+            hidden_size=64,
+            num_layers=2,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=32,
+            mlp_size=128,
+            tie_embeddings=True,
+            max_position=128,
+            init_std=0.1,
+            scan_layers=False,
+        ),
+        data=DataConfig(seq_len=128, batch_size=12, shuffle=False),
+        micro_rows=3,
+        optim=OptimConfig(
+            lr=4e-3, b2=0.98, schedule="cosine", warmup_steps=20, final_fraction=0.05
+        ),
+        loop=LoopConfig(steps=150),
+    )
+    workdir = tmp_path_factory.mktemp("base")
+    trainer = lm.build(config, workdir, tokenizer=TOKENIZER, examples=examples)
+    return Decoder(config.model), loop.run(trainer, config.loop, workdir).params
 
 
 # Mistakes.
