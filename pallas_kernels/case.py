@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 TPUS = ("v5p", "v6e", "tpu7x")
-GPUS = ("h200",)
+GPUS = ("h200", "h100")
 
 
 @dataclasses.dataclass(frozen=True)

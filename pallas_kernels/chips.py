@@ -34,6 +34,8 @@ CHIPS = {
         Chip("v6e", "tpu", "TPU v6 lite", 918e12, 1.64e12, 1, vmem=128 << 20, clock=1.75e9),
         Chip("tpu7x", "tpu", "TPU7x", 1153.5e12, 3.7e12, 1, vmem=64 << 20, clock=2.2e9),
         Chip("h200", "gpu", "NVIDIA H200", 989e12, 4.8e12, 132, smem=232448),
+        # The same cores with less memory. Its PCIe and NVL forms, with fewer or slower cores, are not meant.
+        Chip("h100", "gpu", "NVIDIA H100 80GB HBM3", 989e12, 3.35e12, 132, smem=232448),
     )
 }
 

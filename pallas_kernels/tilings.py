@@ -14,9 +14,7 @@ TILINGS: dict[str, dict[str, dict[str, int]]] = {
         "lightning_state": dict(chunk=128, heads=16, cores=2),
         "lightning_backward": dict(chunk=128, heads=16, ahead=3, cores=2),
         "token_logprobs_forward": dict(rows=1024, columns=512),
-        "token_logprobs_backward": dict(
-            rows=256, columns=384, hidden_rows=512, part_bytes=1 << 30
-        ),
+        "token_logprobs_backward": dict(rows=256, columns=384, hidden_rows=512, part_bytes=1 << 30),
     },
     "v6e": {
         "flash_attention": dict(queries=1024, keys=2048, part=512, dq_bytes=4 << 30),
@@ -40,9 +38,7 @@ TILINGS: dict[str, dict[str, dict[str, int]]] = {
         "lightning_state": dict(chunk=128, heads=16, cores=1),
         "lightning_backward": dict(chunk=128, heads=16, ahead=3, cores=1),
         "token_logprobs_forward": dict(rows=1024, columns=512),
-        "token_logprobs_backward": dict(
-            rows=256, columns=384, hidden_rows=512, part_bytes=1 << 30
-        ),
+        "token_logprobs_backward": dict(rows=256, columns=384, hidden_rows=512, part_bytes=1 << 30),
     },
     "h200": {
         "lightning_forward": dict(chunk=64, stages=3, programs=66),
@@ -58,3 +54,4 @@ TILINGS: dict[str, dict[str, dict[str, int]]] = {
         "token_logprobs": dict(stages=4, band=16, blocks=132, part_bytes=1 << 30),
     },
 }
+TILINGS["h100"] = TILINGS["h200"]  # the same cores, and the same compiled programs

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.chips import CHIPS
 
+# What is compiled for: one chip of those that take the same programs.
 TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1", "h200": "1x1x1"}
 PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "nvidia.cu13")}
 # What the CUDA compiler asks about the device, in its own notation.

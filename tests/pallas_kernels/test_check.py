@@ -7,10 +7,11 @@ import pathlib
 import sys
 import threading
 import time
+import types
 
 import pytest
 
-from pallas_kernels import check
+from pallas_kernels import check, chips, tilings
 from pallas_kernels.aot import budgets, compile, ptxas, schedule, table, worker
 from pallas_kernels.case import Case, Schedule
 from pallas_kernels.chips import CHIPS
@@ -199,6 +200,34 @@ def exits(capsys, *arguments):
 
 def test_an_unknown_target_is_refused(capsys):
     assert "target 'h100' is none of cpu, v5p" in exits(capsys, "--target=cpu,h100")
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", None),
+        ("TPU v5", "v5p"),
+        ("TPU v5 lite", None),
+        ("cpu", None),
+    ],
+)
+def test_devices_are_known_by_what_jax_calls_them(monkeypatch, kind, name):
+    monkeypatch.setattr(chips.jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
+    found = chips.current()
+    assert (found and found.chip.name) == name
+
+
+def test_every_chip_has_tilings_and_is_compiled_for_itself_or_as_its_twin():
+    assert set(tilings.TILINGS) == set(CHIPS)
+    twins = set(CHIPS) - set(check.TARGETS)
+    assert twins == {"h100"} and "h200" in check.TARGETS
+    assert tilings.TILINGS["h100"] is tilings.TILINGS["h200"]
+    alike = ("platform", "flops", "cores", "smem")
+    h100, h200 = CHIPS["h100"], CHIPS["h200"]
+    assert all(getattr(h100, x) == getattr(h200, x) for x in alike)
+    assert set(worker.cases("h100")) == set(worker.cases("h200"))
 
 
 def test_a_missing_compiler_is_refused(capsys, monkeypatch):
