@@ -21,7 +21,7 @@ HALF_SIDE = 0.9999  # §2.1: half the longest side of a normalised mesh
 
 _WELD = 1e-6  # of the longest side: vertices nearer than this are one
 _HOLE = 0.15  # of the longest side: holes with a rim not longer than this are filled
-_SUFFIXES = (".glb", ".gltf", ".obj", ".stl", ".ply", ".off")
+SUFFIXES = (".glb", ".gltf", ".obj", ".stl", ".ply", ".off")
 
 
 class MeshError(ValueError):
@@ -70,12 +70,15 @@ def read(path: str | os.PathLike) -> trimesh.Trimesh:
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    if path.suffix.lower() not in _SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise MeshError(
-            f"{path}: not a format that can be read; convert it to one of {', '.join(_SUFFIXES)}"
+            f"{path}: not a format that can be read; convert it to one of {', '.join(SUFFIXES)}"
         )
     try:
-        mesh = trimesh.load_scene(path, process=False).to_mesh()
+        scene = trimesh.load_scene(path, process=False)
+        for part in scene.geometry.values():
+            _show_colours(part)
+        mesh = scene.to_mesh()
     except Exception as error:  # the readers raise whatever they stumble over
         raise MeshError(
             f"{path} cannot be read ({type(error).__name__}: {error}); export it anew"
@@ -169,6 +172,13 @@ def repair(mesh: trimesh.Trimesh, max_faces: int = MAX_FACES) -> tuple[trimesh.T
         vertices, faces = topology.weld(*solids.simplify(vertices, faces, max_faces), _WELD)
     vertices, faces = _solid(vertices, faces, done)
     return trimesh.Trimesh(vertices * size + centre, faces, process=False), done
+
+
+def _show_colours(part: trimesh.Trimesh) -> None:
+    """Vertex colours beside a plain material are what is seen, but trimesh joins only the materials."""
+    colours = getattr(part.visual, "vertex_attributes", {}).get("color")
+    if colours is not None and part.visual.uv is None:
+        part.visual = trimesh.visual.ColorVisuals(part, vertex_colors=colours)
 
 
 def _cleaned(

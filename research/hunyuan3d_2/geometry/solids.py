@@ -38,7 +38,7 @@ def united(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndar
     None if there is nothing to unite: one body, none that overlap or touch, or cavities, where the
     windings say already what is inside; or if a body is not a manifold.
     """
-    count, label = topology.components(faces, manifold=True)
+    count, label = topology.components(faces)
     if count < 2 or (topology.volumes(vertices, faces, count, label) <= 0).any():
         return None
     if not _boxes_touch(vertices, faces, label, count):
@@ -104,7 +104,7 @@ def thicken(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.nda
     squared = igl.point_mesh_squared_distance(at * _CELL + low, vertices, faces)[0]
     field = np.full(near.shape, -_CELL, np.float32)
     field[near] = np.maximum(_CELL - np.sqrt(squared), -_CELL)
-    shell = isosurface.extract(field, cells * _CELL / 2)
+    shell = isosurface.extract(field, cells * _CELL / 2, "surface_nets")
     return np.asarray(shell.vertices) + cells * _CELL / 2 + low, np.asarray(shell.faces, np.int64)
 
 

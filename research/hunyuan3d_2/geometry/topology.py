@@ -36,21 +36,14 @@ def edges(faces_F3: np.ndarray) -> Edges:
     return Edges(np.stack(np.divmod(unique, base), axis=-1), counts, flow, of_half)
 
 
-def components(
-    faces_F3: np.ndarray, table: Edges | None = None, *, manifold: bool = False
-) -> tuple[int, np.ndarray]:
-    """(how many bodies, which one each face is of); faces that share an edge are of one body.
-
-    With `manifold`, edges of three faces and more do not connect, so bodies that merely touch are apart.
-    """
+def components(faces_F3: np.ndarray, table: Edges | None = None) -> tuple[int, np.ndarray]:
+    """(how many bodies, which one each face is of); faces that share an edge are of one body."""
     if not len(faces_F3):
         return 0, np.zeros(0, np.int32)
     table = table or edges(faces_F3)
-    joins = np.flatnonzero((table.faces[table.of_half] <= 2) | (not manifold))
+    face = np.arange(3 * len(faces_F3)) // 3
     shape = (len(faces_F3), len(table.ends))
-    at = scipy.sparse.csr_array(
-        (np.ones(len(joins), bool), (joins // 3, table.of_half[joins])), shape
-    )
+    at = scipy.sparse.csr_array((np.ones(len(face), bool), (face, table.of_half)), shape)
     graph = scipy.sparse.block_array([[None, at], [at.T, None]], format="csr")
     count, label = scipy.sparse.csgraph.connected_components(graph, directed=False)
     return count, label[: len(faces_F3)]
