@@ -153,6 +153,15 @@ def shapes(vae: VAEConfig, encoder: bool = True) -> dict[str, Any]:
     return tree if encoder else {k: v for k, v in tree.items() if k not in ("encoder", "pre_kl")}
 
 
+def tensor_shapes(vae: VAEConfig, encoder: bool = True) -> dict[str, tuple[int, ...]]:
+    """Released name -> shape in PyTorch's layout."""
+    flat = flatten_dict(shapes(vae, encoder))
+    return {
+        _name(path): leaf.shape[::-1] if path[-1] == "kernel" else leaf.shape
+        for path, leaf in flat.items()
+    }
+
+
 def count_parameters(vae: VAEConfig, encoder: bool = True) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes(vae, encoder)))
 
