@@ -40,7 +40,12 @@ def main(_) -> None:
         if not count:
             print(f"{split}: no shapes")
             continue
-        root = shapes.build(source, _OUT.value, config, workers=_WORKERS.value, seed=_SEED.value)
+        try:
+            root = shapes.build(
+                source, _OUT.value, config, workers=_WORKERS.value, seed=_SEED.value
+            )
+        except KeyboardInterrupt:
+            raise SystemExit("\nStopped. The same command goes on where it was.") from None
         held = shapes.open_split(_OUT.value, split)
         print(f"{root}: {len(held)} of {count} shapes")
 

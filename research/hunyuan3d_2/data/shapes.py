@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import pathlib
+import signal
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -316,7 +317,8 @@ class _Job:
 
 
 def _start_worker() -> None:
-    """Workers share the machine: one thread each, and no accelerator, which is the trainer's."""
+    """Workers share the machine: one thread each, and no accelerator. Ctrl-C is for the one who started them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["IGL_NUM_THREADS"] = "1"
     import jax
 
