@@ -31,6 +31,8 @@ KINDS = {  # a config's `kind` → the module with its `Config`, and `build` (a 
     "dpo": "research.lm.dpo",
     "reward_model": "research.lm.reward_model",
     "rl": "research.rl.trainer",
+    "shape_vae": "research.hunyuan3d_2.vae.trainer",
+    "shape_dit": "research.hunyuan3d_2.dit.trainer",
     "stages": "experiments.stages",
     "quickstart": "experiments.quickstart",
 }

@@ -88,9 +88,14 @@ class DiTConfig:
 _V2 = DiTConfig()
 _MINI = dataclasses.replace(_V2, num_latents=512, depth=8, single_depth=16)
 _TINY = DiTConfig(
-    num_latents=64, latent_dim=16, cond_dim=128, hidden_size=256, num_heads=4, depth=4, single_depth=8,
-    scan_blocks=False,
-)  # fmt: skip
+    num_latents=64,
+    latent_dim=16,
+    cond_dim=128,
+    hidden_size=256,
+    num_heads=4,
+    depth=4,
+    single_depth=8,
+)
 
 PRESETS = {  # the released models' names without 'hunyuan3d-dit-', and ours at the size of a CPU
     "v2-0": _V2,
@@ -112,6 +117,6 @@ PRESETS = {  # the released models' names without 'hunyuan3d-dit-', and ours at 
     "tiny": _TINY,
     # As many parameters as 'tiny' to 3 %: what Table 2's ablation compares with.
     "tiny-cross": dataclasses.replace(
-        _TINY, architecture="cross_attention", depth=16, single_depth=0, scan_blocks=False
+        _TINY, architecture="cross_attention", depth=16, single_depth=0
     ),
 }

@@ -149,7 +149,9 @@ def _run(model, guided, params, x_BLC, cond_BTE, times_N, guidance, start, stop)
 
 @functools.partial(jax.jit, static_argnums=1)
 def _noise(seeds_B, shape):
-    return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds_B)
+    return jax.vmap(
+        lambda seed: jax.random.normal(jax.random.key(seed, impl="threefry2x32"), shape)
+    )(seeds_B)
 
 
 def _check_steps(steps: int) -> None:
