@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import warnings
 from typing import Literal
 
 import numpy as np
@@ -71,7 +72,9 @@ def extract(
 
 
 def _marching_cubes(field: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    vertices, faces, _, _ = measure.marching_cubes(field, 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # scikit-image 0.26 with NumPy 2.5
+        vertices, faces, _, _ = measure.marching_cubes(field, 0.0)
     return vertices.astype(np.float64), faces[:, ::-1].astype(np.int64)  # it faces what is positive
 
 
