@@ -111,7 +111,7 @@ def test_a_folder_of_meshes_is_read_and_bad_files_are_passed_over_with_the_reaso
     source = FolderSource(str(tmp_path / "mine"), "train", heldout=0.0)
     build(source, tmp_path, SMALL)
     found = open_split(tmp_path, "train")
-    assert found.names == ["below__box.ply", "box.stl"]
+    assert found.names == ["below/box.ply", "box.stl"]
     np.testing.assert_allclose(
         np.ptp(found[1]["vertices"], axis=0), 2 * 0.9999 * np.array([1, 2, 3]) / 3, rtol=1e-5
     )

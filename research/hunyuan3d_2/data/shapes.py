@@ -70,7 +70,7 @@ class Source(Protocol):
     split: Split
 
     def names(self) -> list[str]:
-        """Of all shapes; each is a file name without suffix."""
+        """Of all shapes; relative paths, or anything else that tells them apart."""
 
     def fingerprint(self, name: str) -> str:
         """Changes if the mesh does."""
@@ -110,13 +110,22 @@ class FolderSource:
     heldout: float = 0.1
 
     def names(self) -> list[str]:
-        return list(self._files())
+        if not self._root.is_dir():
+            raise FileNotFoundError(f"there is no directory {self._root}")
+        found = sorted(
+            p for p in self._root.rglob("*") if p.suffix.lower() in meshes.SUFFIXES and p.is_file()
+        )
+        if not found:
+            raise FileNotFoundError(f"{self._root} holds no meshes ({', '.join(meshes.SUFFIXES)})")
+        names = [path.relative_to(self._root).as_posix() for path in found]
+        return [name for name in names if self._is_held_out(name) == (self.split == "heldout")]
 
     def fingerprint(self, name: str) -> str:
-        return hashlib.sha256(self._files()[name].read_bytes()).hexdigest()
+        held = (self._root / name).stat()
+        return f"{held.st_size} bytes of {held.st_mtime_ns}"
 
     def load(self, name: str) -> tuple[trimesh.Trimesh, trimesh.Trimesh, list[str]]:
-        source = meshes.read(self._files()[name])
+        source = meshes.read(self._root / name)
         solid, done = meshes.repair(source)
         solid, transform = meshes.normalize(solid)
         if not np.isfinite(source.vertices).all():
@@ -127,17 +136,12 @@ class FolderSource:
         ) / transform.scale
         return solid, looks, done
 
-    def _files(self) -> dict[str, pathlib.Path]:
-        root = pathlib.Path(self.directory).expanduser()
-        if not root.is_dir():
-            raise FileNotFoundError(f"there is no directory {root}")
-        found = sorted(p for p in root.rglob("*") if p.suffix.lower() in meshes.SUFFIXES)
-        if not found:
-            raise FileNotFoundError(f"{root} holds no meshes ({', '.join(meshes.SUFFIXES)})")
-        names = [p.relative_to(root).as_posix().replace("/", "__") for p in found]
-        held = [zlib.crc32(name.encode()) / 2**32 < self.heldout for name in names]
-        want = self.split == "heldout"
-        return {name: p for name, p, out in zip(names, found, held, strict=True) if out == want}
+    def _is_held_out(self, name: str) -> bool:
+        return zlib.crc32(name.encode()) / 2**32 < self.heldout
+
+    @property
+    def _root(self) -> pathlib.Path:
+        return pathlib.Path(self.directory).expanduser()
 
 
 def pools(
@@ -188,7 +192,7 @@ def build(
     todo, shapes, failed = [], {}, {}
     names = source.names()
     for name in names:
-        job = _Job(source, name, config, seed, root / f"{name}.safetensors")
+        job = _Job(source, name, config, seed, _file(root, name))
         done = job.found()
         if done is None:
             todo.append(job)
@@ -235,7 +239,7 @@ class Shapes(Sequence):
         return len(self.names)
 
     def __getitem__(self, i: int) -> "Shape":
-        return Shape(self.names[i], self._root / f"{self.names[i]}.safetensors")
+        return Shape(self.names[i], _file(self._root, self.names[i]))
 
 
 class Shape(Mapping):
@@ -323,6 +327,11 @@ def _start_worker() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
+
+
+def _file(root: pathlib.Path, name: str) -> pathlib.Path:
+    """Where a shape is kept; two names never have one file."""
+    return root / (name.replace("%", "%25").replace("/", "%2F") + ".safetensors")
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:
