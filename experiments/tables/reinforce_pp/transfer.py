@@ -1,6 +1,6 @@
 """Table 3: reinforcement learning from a base model on easy problems, tested on these and on harder ones.
 
-Chained sums: trained on 2 to 4 operands, tested on 5, and on 6 and 7, which the base model has seen, and seldom gets
+Chained sums: trained on 3 and 4 operands, tested on 5, and on 6 and 7, which the base model has seen, and seldom gets
 right.
 """
 
@@ -20,7 +20,7 @@ ARMS = ("grpo", "reinforce_pp", "reinforce_pp_baseline")
 EASY, HARD, HARDER = "in distribution", "harder", "hardest"
 EQUAL = 0.02  # pass@1 this close counts as equal
 
-_SMALL = {EASY: (2, 4), HARD: (5, 5), HARDER: (6, 7)}  # operands
+_SMALL = {EASY: (3, 4), HARD: (5, 5), HARDER: (6, 7)}  # operands
 _LARGE = {EASY: (3, 3), HARD: (4, 4), HARDER: (5, 5)}  # numbers of a countdown
 
 
