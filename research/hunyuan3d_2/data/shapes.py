@@ -303,7 +303,7 @@ class _Job:
         """(what was done to the mesh, why it cannot be used or '')."""
         try:
             solid, looks, done = self.source.load(self.name)
-            rng = np.random.default_rng([*self.name.encode(), self.seed])
+            rng = np.random.default_rng([*self.name.encode(), self.seed % 2**63])
             arrays = pools(solid, rng, self.config)
             arrays["vertices"] = np.asarray(solid.vertices, np.float32)
             arrays["faces"] = np.asarray(solid.faces, np.int32)
