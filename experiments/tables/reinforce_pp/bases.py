@@ -113,7 +113,8 @@ def configured(base: Base, tokenizer: Tokenizer, seed: int) -> lm.Config:
         model=model,
         data=DataConfig(seq_len=128, batch_size=12, shuffle=False),
         optim=OptimConfig(
-            lr=base.rate, b2=0.98, weight_decay=0.01, schedule="cosine", warmup_steps=30, final_fraction=0.3
+            lr=base.rate, b2=0.98, weight_decay=0.01,
+            schedule="cosine", warmup_steps=min(30, base.steps // 2), final_fraction=0.3,
         ),
         loop=LoopConfig(steps=base.steps, log_every=20),
     )  # fmt: skip
