@@ -43,6 +43,7 @@ class Base:
     steps: int
     width: int = 64
     layers: int = 2
+    head_dim: int = 16
     rate: float = 6e-3
 
 
@@ -58,7 +59,7 @@ def _knights(tokenizer: Tokenizer, seed: int) -> Examples:
 
 def _tools(tokenizer: Tokenizer, seed: int) -> Examples:
     task = make("tool_arithmetic", min_difficulty=1, max_difficulty=3, seed=1_000_000 + seed)
-    return tool_data.examples(tokenizer, task, textbook=14_000, noise=9_000, seed=seed)
+    return tool_data.examples(tokenizer, task, textbook=9_000, noise=14_000, seed=seed)
 
 
 def _tokenized(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> Examples:
@@ -81,7 +82,9 @@ KINDS = ("is", "not", "and", "or", "iff", "if")  # of the statements in `knights
 BASES = {
     "arithmetic": Base(_words(base_data.WORDS), _arithmetic, steps=340),
     "knights": Base(_words(knights_data.WORDS), _knights, steps=500),
-    "tools": Base(tool_data.tokenizer, _tools, steps=450, width=96),
+    "tools": Base(
+        tool_data.tokenizer, _tools, steps=400, width=128, layers=3, head_dim=32, rate=3e-3
+    ),
 }
 
 
@@ -104,7 +107,7 @@ def configured(base: Base, tokenizer: Tokenizer, seed: int) -> lm.Config:
         vocab_size=-(-tokenizer.vocab_size // 8) * 8,
         hidden_size=base.width,
         num_layers=base.layers,
-        head_dim=16,
+        head_dim=base.head_dim,
         mlp_size=11 * base.width // 4,
     )
     return lm.Config(
