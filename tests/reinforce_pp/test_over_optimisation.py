@@ -170,8 +170,8 @@ def test_noise_becomes_advantages_of_order_one_under_a_local_deviation_alone():
 
 
 def tiny():
-    policy = study.base_config(0, width=16, layers=1, steps=4)
-    training = dataclasses.replace(proxy.SCALES["cpu"].proxy, loop=LoopConfig(steps=2))
+    policy = study.base_config(0, width=16, layers=1, steps=24)
+    training = dataclasses.replace(proxy.SCALES["cpu"].proxy, loop=LoopConfig(steps=12))
     base = dataclasses.replace(
         proxy.SCALES["cpu"], base=policy, proxy=training, samples=16, steps=4, every=2, judged=8,
         pairs=64, rates=(1e-3, 2e-3),

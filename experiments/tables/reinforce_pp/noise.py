@@ -60,7 +60,7 @@ class Settings:
 
 
 SCALES = {
-    "cpu": Settings(proxy.SCALES["cpu"], first=60, steps=40, prompts=16, group=8, rate=1e-3),
+    "cpu": Settings(proxy.SCALES["cpu"], first=40, steps=40, prompts=16, group=8, rate=2e-3),
     "gpu": Settings(
         proxy.SCALES["gpu"], first=200, steps=200, prompts=64, group=16, rate=1e-6, measured=256, every=20
     ),
