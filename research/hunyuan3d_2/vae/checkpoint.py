@@ -125,7 +125,8 @@ def save(
         raise ValueError(f"released checkpoints have no queries={vae.queries!r}")
     tensors = {}
     for name, value in to_tensors(params).items():
-        tensors[name] = np.ascontiguousarray(value.astype(dtype))
+        with np.errstate(over="ignore"):  # said below
+            tensors[name] = np.ascontiguousarray(value.astype(dtype))
         if not np.isfinite(tensors[name]).all():
             raise ValueError(f"{name} is not finite in {dtype}; save it as float32")
     directory = pathlib.Path(directory)
