@@ -120,8 +120,12 @@ def _arm(plan: Plan, arm: str, seed: int, directory: pathlib.Path, results: Any)
         one = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=rate))
         params, figures = trained(one, directory / f"lr{rate:g}", start)
         runs.append(figures | {"tests": examine(plan, one, start, params)})
-    best = int(np.argmax([figures["tests"]["validation"]["pass@1"] for figures in runs]))
-    return {"rates": list(plan.rates), "shared": 0, "tuned": best, "runs": runs}
+    return {"rates": list(plan.rates), "shared": 0, "tuned": best(runs), "runs": runs}
+
+
+def best(runs: Sequence[Mapping[str, Any]]) -> int:
+    """Which of an arm's runs does best on validation problems."""
+    return int(np.argmax([figures["tests"]["validation"]["pass@1"] for figures in runs]))
 
 
 def examine(
