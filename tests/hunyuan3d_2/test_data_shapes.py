@@ -2,6 +2,8 @@
 
 import dataclasses
 import pathlib
+import subprocess
+import sys
 
 import deadly_tasks
 import jax
@@ -235,3 +237,24 @@ def test_processes_build_what_one_does(tmp_path):
     assert one.names == two.names
     for a, b in zip(one, two, strict=True):
         assert all((a[name] == b[name]).all() for name in a)
+
+
+@pytest.mark.slow
+def test_the_command_prepares_both_splits(tmp_path):
+    command = [sys.executable, "-m", "research.hunyuan3d_2.data.build", f"--out={tmp_path}"]
+    small = [
+        "--train=3",
+        "--heldout=2",
+        "--points=64",
+        "--views=1",
+        "--view_size=16",
+        "--workers=1",
+    ]
+    told = subprocess.run(command + small, check=True, capture_output=True, text=True).stdout
+    assert "3 of 3 shapes" in told and "2 of 2 shapes" in told
+    train, heldout = (open_split(tmp_path, split) for split in ("train", "heldout"))
+    assert (len(train), len(heldout)) == (3, 2)
+    assert train[0]["views"].shape == (1, 16, 16, 4) and train[0]["volume"].shape == (64, 4)
+    assert (train[0]["vertices"].shape != heldout[0]["vertices"].shape) or (
+        train[0]["vertices"] != heldout[0]["vertices"]
+    ).any()
