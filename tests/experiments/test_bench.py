@@ -167,6 +167,7 @@ def test_data_beside_transformers_and_trl(quiet):
     assert all(math.isfinite(r.ratio) for r in (tokenising, packing, pipeline))
 
 
+@pytest.mark.slow  # it compiles a whole model four times over
 def test_the_hybrid_is_measured_without_its_rival_too(monkeypatch):
     model = dataclasses.replace(
         hybrid.MODEL, vocab_size=32, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_size=16,
