@@ -94,18 +94,24 @@ def rollout(**changes):
 # KL inside the reward.
 
 
-def test_kl_in_the_reward_by_the_definition(tmp_path):
-    """REINFORCE++ eq. 1, 4 and 5 without packing: returns minus beta (log p_old - log p_ref), whitened, clipped."""
-    run = fake(
-        tmp_path,
+@pytest.fixture(scope="module")
+def penalised(tmp_path_factory):
+    """REINFORCE++ with two updates to a rollout, compiled once."""
+    return fake(
+        tmp_path_factory.mktemp("penalised"),
         estimator="reinforce_pp",
         loss=LossConfig(kl_coef=0.3, clip_low=0.02, clip_high=0.05),
         rollout=rollout(temperature=0.7),
         updates=2,
     )
+
+
+def test_kl_in_the_reward_by_the_definition(penalised):
+    """REINFORCE++ eq. 1, 4 and 5 without packing: returns minus beta (log p_old - log p_ref), whitened, clipped."""
+    run = penalised
     before = base.off_reference(run.init())
     batch, host = run.collect(before, 0)
-    (episodes,) = run.actor.given
+    (episodes,) = run.actor.given[-1:]
     tokens, inside = base.unpacked(episodes)
     score = functools.partial(base.plain_logprobs, tokens=tokens, temperature=0.7)
     params = jax.device_get(before.params)
@@ -144,10 +150,9 @@ def test_kl_in_the_reward_by_the_definition(tmp_path):
     assert metrics.to_floats(device)["clip_frac"] > 0
 
 
-def test_the_reference_is_renewed_with_kl_in_the_reward_too(tmp_path):
+def test_the_reference_is_renewed_with_kl_in_the_reward_too(penalised):
     """The state before the second rollout is its own reference, so its KL is exactly 0."""
-    loss = LossConfig(kl_coef=0.3)
-    run = fake(tmp_path, estimator="reinforce_pp", loss=loss, reference_every=1)
+    run = base.variant(penalised, reference_every=1)
     state, seen = run.init(), []
     for step in range(2):
         batch, host = run.collect(state if step else base.off_reference(state), step)
@@ -236,10 +241,24 @@ def test_a_reward_that_is_no_number_drops_its_response(tmp_path):
 # Whole runs.
 
 
-def run_for(workdir, steps, **changes):
-    settings = LoopConfig(steps=steps, checkpoint_every=2)
-    trainer = base.build(workdir, loop=settings, **changes)
-    return loop.run(trainer, settings, workdir, fingerprint_of=base.run_of(trainer).config)
+def in_parts_and_whole(path, steps, **changes):
+    """The last state of a run of so many steps that stops after two of them, and of one that does not.
+
+    They share a trainer, for its compiled programs; the second runs between the parts of the first, so that whatever a
+    trainer kept for itself would show.
+    """
+    trainer = base.build(path, loop=LoopConfig(steps=steps), **changes)
+
+    def run(directory, steps):
+        settings = LoopConfig(steps=steps, checkpoint_every=2)
+        config = dataclasses.replace(base.run_of(trainer).config, loop=settings)
+        return loop.run(trainer, settings, path / directory, fingerprint_of=config)
+
+    run("parts", 2)
+    whole = run("whole", steps)
+    parts = run("parts", steps)
+    assert base.exact(path / "parts") == base.exact(path / "whole")
+    return parts, whole
 
 
 STATEFUL = {
@@ -252,10 +271,7 @@ STATEFUL = {
 
 
 def test_a_resumed_run_has_its_moving_baseline_and_its_place_in_the_problems(tmp_path):
-    whole = run_for(tmp_path / "whole", 4, **STATEFUL)
-    run_for(tmp_path / "parts", 2, **STATEFUL)
-    parts = run_for(tmp_path / "parts", 4, **STATEFUL)
-    assert base.exact(tmp_path / "parts") == base.exact(tmp_path / "whole")
+    parts, whole = in_parts_and_whole(tmp_path, 4, **STATEFUL)
     assert set(whole.extra) == {"baseline", "rounds", "ref_params"}
     for name in ("baseline", "rounds"):
         assert np.asarray(whole.extra[name]).tobytes() == np.asarray(parts.extra[name]).tobytes()
@@ -428,10 +444,7 @@ def test_a_resumed_run_has_its_critic(tmp_path):
         "critic": CriticConfig(OptimConfig("adam", lr=0.01)),
         "reward": dataclasses.replace(base.CONFIG.reward, random=0.5),
     }
-    whole = run_for(tmp_path / "whole", 3, **settings)
-    run_for(tmp_path / "parts", 2, **settings)
-    parts = run_for(tmp_path / "parts", 3, **settings)
-    assert base.exact(tmp_path / "parts") == base.exact(tmp_path / "whole")
+    parts, whole = in_parts_and_whole(tmp_path, 3, **settings)
     a, b = (
         jax.device_get((x.extra["critic"].params, x.extra["critic"].opt_state))
         for x in (whole, parts)

@@ -542,19 +542,8 @@ def test_the_random_control_knows_nothing_of_the_completions(whole):
     assert any(r.parts["accuracy"] != r.total for r in given[0].rewards)
 
 
-def learning(workdir, **reward):
-    """pass@1 and the share of readable answers, before and after 60 rollouts of 16 x 8 responses."""
-    trainer = build(
-        workdir,
-        rollout=dataclasses.replace(CONFIG.rollout, prompts=16, group_size=8),
-        reward=dataclasses.replace(CONFIG.reward, **reward),
-        loss=LossConfig("token", kl_coef=0.0),
-        optim=OptimConfig("adam", lr=0.01),
-        micro_rows=4,
-        eval=rl.EvalConfig(problems=0),
-        loop=LoopConfig(steps=60),
-        save_samples_every=0,
-    )
+def learning(trainer, workdir):
+    """pass@1 and the share of unreadable answers, before and after 60 rollouts of 16 x 8 responses."""
     loop.run(trainer, LoopConfig(steps=60), workdir)
     lines = metrics.read(workdir / "metrics.jsonl")
     return [
@@ -568,10 +557,23 @@ def learning(workdir, **reward):
 
 def test_learning_raises_the_reward_and_a_coin_does_not(tmp_path):
     """The base seldom gives a digit and nothing else; that is what it can learn in seconds."""
-    (before, unread), (after, unread_after) = learning(tmp_path / "zero")
+    trainer = build(
+        tmp_path,
+        mesh="data=1",
+        rollout=dataclasses.replace(CONFIG.rollout, prompts=16, group_size=8),
+        loss=LossConfig("token", kl_coef=0.0),
+        optim=OptimConfig("adam", lr=0.01),
+        micro_rows=8,
+        eval=rl.EvalConfig(problems=0),
+        loop=LoopConfig(steps=60),
+        save_samples_every=0,
+    )
+    (before, unread), (after, unread_after) = learning(trainer, tmp_path / "zero")
     assert unread > 0.5 and unread_after < 0.1
     assert after > before + 0.05
-    (_, unread), (_, unread_after) = learning(tmp_path / "control", random=0.5)
+    run = run_of(trainer)  # with its compiled programs, and other rewards
+    run.actor.rewarder = Rewarder(dataclasses.replace(CONFIG.reward, random=0.5), run.task)
+    (_, unread), (_, unread_after) = learning(trainer, tmp_path / "control")
     assert unread_after > 0.3
 
 

@@ -125,7 +125,7 @@ def two(tmp_path_factory):
         for i in range(2)
     ]  # fmt: skip
     try:
-        results = [worker.communicate(timeout=200) for worker in workers]
+        results = [worker.communicate(timeout=300) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
