@@ -38,10 +38,12 @@ class Pauses:
     reply: (row of the completions, its tokens so far int32 [n]) → int array of the tokens that come
       next, which the model reads and does not choose; none at all lets it go on. What does not fit
       into max_new_tokens, with one more token after it, cuts the sequence off.
+    room: most tokens of a reply; what the sampler is compiled for, so always the same number.
     """
 
     ids: tuple[int, ...]
     reply: Callable[[int, np.ndarray], np.ndarray]
+    room: int = 128
 
 
 class Run:
@@ -81,7 +83,11 @@ class Run:
         self.full = next(r for r in self.rings if r >= min(most, self.rings[-1]))
         self.ring = 0
         shape = (self.total, self.limit)
-        self.out = (np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+        self.out = (
+            np.zeros(shape, np.int32),
+            np.zeros(shape, np.float32),
+            np.zeros(shape, np.float32),
+        )
         self.out_lengths = np.zeros(self.total, np.int32)
         self.out_stopped = np.zeros(self.total, bool)
         self.out_given = None if pauses is None else np.zeros(shape, bool)
@@ -100,7 +106,9 @@ class Run:
         """Gives the free slots to those who wait, evenly over the shards."""
         sampler, free = self.sampler, (self.owner < 0).reshape(self.sampler.shards, -1)
         # A shard's k-th free slot counts as its (taken + k)-th: the lowest are taken first.
-        level = np.where(free, (~free).sum(1, keepdims=True) + free.cumsum(1), np.iinfo(np.int64).max)
+        level = np.where(
+            free, (~free).sum(1, keepdims=True) + free.cumsum(1), np.iinfo(np.int64).max
+        )
         number = min(self.total - self.next, free.sum())
         slots = np.sort(np.argsort(level.ravel(), kind="stable")[:number])
         requests = np.arange(self.next, self.next + number)
@@ -122,12 +130,16 @@ class Run:
             arguments = (self.prefixes[number], seats, self.policy, self.key)
             if self.slots is None:
                 self.ring = self._next_ring(self.head)
-                room = 0 if self.pauses is None else sampler.max_new_tokens
+                room = 0 if self.pauses is None else self.pauses.room
                 self.slots = sampler._start(*arguments, ring=self.ring, head=self.head, room=room)
                 self.clock[:] = self.head
             else:
                 self.slots = sampler._insert(self.slots, *arguments)
-        self.owner[slots], self.since[slots], self.count[slots] = requests, self.clock[shards] - 1, 1
+        self.owner[slots], self.since[slots], self.count[slots] = (
+            requests,
+            self.clock[shards] - 1,
+            1,
+        )
         self.begun[slots] = 0
         self.prefix_of[:, self.last_use < self.next] = -1
         for number in range(len(self.prefixes)):
@@ -176,13 +188,11 @@ class Run:
             self._grow(self._next_ring(self.ring))
         bound = self.ring if self.ring < self.full else np.iinfo(np.int32).max
         sure = 0 if self.can_stop else (self.limit - self.count[busy]).min()
-        steps, enough = min(sure or sampler.block, sampler.block), sampler.rows
-        if self.pauses is not None:
-            per_shard = busy.reshape(sampler.shards, -1).sum(1)
-            enough = max(1, per_shard.max() // 8)
+        steps, enough = min(sure or sampler.block, sampler.block), self._enough(busy)
         if self.next < self.total:
-            enough = max(1, sampler.rows // 8)
-            if sampler.shards > 1 and not sure:  # the first shard that has enough waits for the last
+            if (
+                sampler.shards > 1 and not sure
+            ):  # the first shard that has enough waits for the last
                 steps = min(steps, 16)
         control = np.asarray([steps, bound, enough], np.int32)
         self.slots, report = sampler._decode(self.weights, self.slots, self.policy, control)
@@ -197,6 +207,15 @@ class Run:
         done = np.flatnonzero(busy & (active == 0))
         if done.size:
             self._harvest(done, stopped)
+
+    def _enough(self, busy):
+        """How many rows of a shard must finish or pause before the others wait for the host."""
+        rows = self.sampler.rows
+        if self.next < self.total:
+            return max(1, rows // 8)
+        if self.pauses is not None:
+            return max(1, busy.reshape(-1, rows).sum(1).max() // 8)
+        return rows
 
     def _harvest(self, done, stopped):
         requests, lengths, begun = self.owner[done], self.count[done], self.begun[done]
@@ -214,13 +233,15 @@ class Run:
 
     def _go_on(self, done):
         """Lets those that have only paused go on; returns which of `done` did, bool."""
-        sampler, limit = self.sampler, self.limit
+        sampler, limit, room = self.sampler, self.limit, self.pauses.room
         resumed = np.zeros(len(done), bool)
-        orders = np.zeros((2 + sampler.max_new_tokens, self.owner.size), np.int32)
+        orders = np.zeros((2 + room, self.owner.size), np.int32)
         orders[0] = -1
         for i, slot in enumerate(done):
             request, count = self.owner[slot], self.count[slot]
-            if not (self.out_stopped[request] and self.out[0][request, count - 1] in self.pauses.ids):
+            if not (
+                self.out_stopped[request] and self.out[0][request, count - 1] in self.pauses.ids
+            ):
                 continue
             self.out_stopped[request] = False
             if count == limit:
@@ -228,9 +249,11 @@ class Run:
             given = np.asarray(self.pauses.reply(int(request), self.out[0][request, :count].copy()))
             if count + given.size >= limit:
                 continue
+            if given.size > room:
+                raise ValueError(f"a reply of {given.size} tokens, and Pauses.room is {room}")
             clock = self.clock[slot // sampler.rows]
             orders[:2, slot] = clock - self.since[slot] - (count - self.begun[slot]), given.size
-            orders[2 + sampler.max_new_tokens - given.size :, slot] = given
+            orders[2 + room - given.size :, slot] = given
             self.out_given[request, count : count + given.size] = True
             self.since[slot], self.begun[slot] = clock, count
             resumed[i] = True

@@ -17,6 +17,7 @@ from fractions import Fraction
 MAX_CHARACTERS = 200
 MAX_DEPTH = 32  # of parentheses, signs and powers in each other
 MAX_BITS = 256  # of the numerator and denominator of every value
+MAX_WRITTEN = 100  # characters of what it says, digits or reason
 DIGITS = 12  # significant ones of a result that is no whole number
 
 _TOKEN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\*\*|//|[-+*/%()])")

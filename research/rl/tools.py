@@ -15,7 +15,7 @@ import numpy as np
 
 from research.lm.sampler import Pauses
 from research.lm.tokenizer import Tokenizer
-from research.rl.calculator import ToolError, calculate
+from research.rl.calculator import MAX_WRITTEN, ToolError, calculate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,11 @@ class Tools:
                 f"this tokenizer cannot write calls of a tool and their results: {error}"
             ) from error
 
+    @property
+    def room(self) -> int:
+        """Most tokens of a result: no token writes less than a character of it."""
+        return len(self._open) + MAX_WRITTEN + len(self._close)
+
     def _closing_ids(self) -> tuple[int, ...]:
         """Tokens with which a call may be complete: the closing tag's own, or else all that may hold its end."""
         tag, tokenizer = self.config.call[1], self.tokenizer
@@ -103,7 +108,7 @@ class Session:
 
     @property
     def pauses(self) -> Pauses:
-        return Pauses(self._tools.pause_ids, self.reply)
+        return Pauses(self._tools.pause_ids, self.reply, self._tools.room)
 
     def reply(self, row: int, tokens: np.ndarray) -> np.ndarray:
         """The tokens to put behind those of response `row`; none if no call is complete."""

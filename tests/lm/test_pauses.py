@@ -1,5 +1,6 @@
 """Sequences that pause to be told something, against generation one token at a time by full forwards."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from research.lm.config import DecoderConfig
 from research.lm.decoder import Decoder
 from research.lm.sampler import Pauses, Sampler, Sampling
 from research.lm.sampling import uniform
+from research.lm.seating import Run
 
 # Keys and values are turned when a row goes on; states fade with every step that a row sits out.
 CONFIG = DecoderConfig(
@@ -27,7 +29,7 @@ CONFIG = DecoderConfig(
     mixers=("lightning", "softmax"),
     scan_layers=False,
 )
-# Together a whole ring: a row that sits out has no place to spare.
+# With a block of 16 a whole ring: not a place to spare.
 MAX_PROMPT, MAX_NEW, LENGTH = 12, 36, 48
 STOP, CALL, OTHER = 1, 2, 3
 SAMPLING = Sampling(MAX_NEW, temperature=0.9, stop_ids=(STOP,))
@@ -41,7 +43,8 @@ def reply(row, tokens):
     return np.random.default_rng(seed).integers(0, 13, 1 + seed % 5)
 
 
-PAUSES = Pauses((CALL, OTHER, STOP), reply)  # STOP ends a sequence all the same
+ROOM = 5
+PAUSES = Pauses((CALL, OTHER, STOP), reply, ROOM)  # STOP ends a sequence all the same
 
 
 @functools.cache
@@ -67,13 +70,13 @@ def sampler(slots, devices, block):
 @functools.cache
 def prompts():
     rng = np.random.default_rng(0)
-    return [rng.integers(0, 13, size=n) for n in (1, 5, 12, 3, 7)]
+    return [rng.integers(0, 13, size=n) for n in (1, 12, 12, 3, 12)]
 
 
-def run(slots=4, devices=1, block=8, *, pauses=PAUSES):
-    """20 sequences; some rows sit out while others go on, all have other ages, and the ring wraps."""
+def run(slots=4, devices=1, block=16, *, pauses=PAUSES, sampling=SAMPLING):
+    """20 sequences; rows have other ages, and the ring wraps."""
     return sampler(slots, devices, block)(
-        params(), prompts(), jax.random.key(8), SAMPLING, num_samples=4, pauses=pauses
+        params(), prompts(), jax.random.key(8), sampling, num_samples=4, pauses=pauses
     )
 
 
@@ -83,7 +86,10 @@ def log_softmax(row):
     return jax.nn.log_softmax(logits / SAMPLING.temperature)
 
 
-def one_by_one(prompt, prompt_id, sample):
+NUMBER = jax.jit(lambda key, count: uniform(jax.random.key_data(key)[None], count[None])[0])
+
+
+def one_by_one(prompt, prompt_id, sample, stop_ids=(STOP,)):
     """(tokens, log-probabilities, which were given, stopped): a full forward for each token, no cache, no batch."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(8), prompt_id), sample)
     tokens, logprobs, given, told = [], [], [], []
@@ -95,12 +101,12 @@ def one_by_one(prompt, prompt_id, sample):
         said = [*prompt, *tokens]
         row[: len(said)] = said
         log_p = np.asarray(log_softmax(row))[len(said) - 1].astype(np.float64)
-        number = float(uniform(jax.random.key_data(key)[None], jnp.array([len(tokens)]))[0])
+        number = float(NUMBER(key, np.int32(len(tokens))))
         token = int(np.searchsorted(np.cumsum(np.exp(log_p)), number, "right"))
         tokens, logprobs, given = [*tokens, token], [*logprobs, log_p[token]], [*given, False]
-        if token == STOP:
+        if token in stop_ids:
             return tokens, logprobs, given, True
-        if token in PAUSES.ids and len(tokens) < MAX_NEW:
+        if token in (CALL, OTHER) and len(tokens) < MAX_NEW:
             told = reply(0, np.array(tokens)).tolist()
             if len(tokens) + len(told) >= MAX_NEW:
                 break
@@ -110,8 +116,8 @@ def one_by_one(prompt, prompt_id, sample):
 @pytest.mark.parametrize(
     ("slots", "devices", "block"),
     [
-        (4, 1, 8),
-        pytest.param(4, 2, 8, marks=pytest.mark.slow),
+        (4, 1, 16),
+        pytest.param(4, 2, 16, marks=pytest.mark.slow),
         pytest.param(20, 1, 64, marks=pytest.mark.slow),  # all at once, in a ring that grows
         pytest.param(3, 1, 64, marks=pytest.mark.slow),
     ],
@@ -119,8 +125,26 @@ def one_by_one(prompt, prompt_id, sample):
 def test_sequences_are_those_made_one_by_one(slots, devices, block):
     out = run(slots, devices, block)
     assert out.given.any(axis=1).sum() > 8 and out.stopped.any() and not out.stopped.all()
+    check(out)
+
+
+def test_so_are_those_that_sit_out_as_long_as_can_be(monkeypatch):
+    """To the end of every block; sequences fill the ring, and only the place of a whole block is spared."""
+    monkeypatch.setattr(Run, "_enough", lambda self, busy: len(busy) + 1)
+    out = run(
+        sampling=dataclasses.replace(SAMPLING, stop_ids=()),
+        pauses=Pauses((CALL, OTHER), reply, ROOM),
+    )
+    assert (out.lengths == MAX_NEW).sum() > 8
+    check(out, stop_ids=())
+
+
+def check(out, stop_ids=(STOP,)):
     for row, sequence in enumerate(out.sequences):
-        want, logprobs, given, stopped = one_by_one(prompts()[row // 4], row // 4, row % 4)
+        prompt_id, sample = divmod(row, 4)
+        want, logprobs, given, stopped = one_by_one(
+            prompts()[prompt_id], prompt_id, sample, stop_ids
+        )
         assert sequence.tolist() == want
         assert out.stopped[row] == stopped
         n = len(want)
@@ -139,7 +163,7 @@ def test_a_reply_is_asked_for_with_what_was_said():
         asked.append((row, tokens))
         return reply(row, tokens)
 
-    out = run(pauses=Pauses(PAUSES.ids, recorded))
+    out = run(pauses=Pauses(PAUSES.ids, recorded, ROOM))
     assert len({row for row, _ in asked}) > 9
     for row, tokens in asked:
         assert tokens.tolist() == out.tokens[row, : len(tokens)].tolist()
@@ -147,8 +171,8 @@ def test_a_reply_is_asked_for_with_what_was_said():
 
 
 def test_what_does_not_fit_cuts_a_sequence_off():
-    long = Pauses((CALL, OTHER), lambda row, tokens: np.full(MAX_NEW, 5))
-    out, plain = run(pauses=long), run(pauses=Pauses((), reply))
+    long = Pauses((CALL, OTHER), lambda row, tokens: np.full(MAX_NEW, 5), ROOM)
+    out, plain = run(pauses=long), run(pauses=Pauses((), reply, ROOM))
     assert not out.given.any() and not plain.given.any()
     for sequence, stopped, whole in zip(out.sequences, out.stopped, plain.sequences, strict=True):
         end = [i for i, token in enumerate(whole) if token in (CALL, OTHER)][:1]
@@ -156,10 +180,16 @@ def test_what_does_not_fit_cuts_a_sequence_off():
         assert stopped == (sequence[-1] == STOP)
 
 
+def test_a_reply_without_room_is_refused():
+    long = Pauses((CALL, OTHER), lambda row, tokens: np.zeros(6, np.int32), ROOM)
+    with pytest.raises(ValueError, match="a reply of 6 tokens, and Pauses.room is 5"):
+        run(pauses=long)
+
+
 def test_nothing_is_compiled_for_later_pauses():
     run()
     compiles = CompileCounter()
-    other = Pauses(PAUSES.ids, lambda row, tokens: np.full(3, 7))
+    other = Pauses(PAUSES.ids, lambda row, tokens: np.full(3, 7), ROOM)
     run(pauses=other)
     run()
     assert compiles.count == 0

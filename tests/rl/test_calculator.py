@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from research.rl.calculator import MAX_BITS, ToolError, calculate
+from research.rl.calculator import MAX_BITS, MAX_WRITTEN, ToolError, calculate
 
 
 def drawn(rng, depth=0):
@@ -127,6 +127,12 @@ def test_what_has_no_value_is_refused_with_the_reason(expression, message):
         calculate(expression)
 
 
+def test_the_longest_results():
+    largest, smallest = calculate("-(2**255+2**254)"), calculate("-1/(2**255+1)")
+    assert 70 < len(largest) < len(smallest) <= MAX_WRITTEN
+    assert Fraction(smallest) == pytest.approx(-(2.0**-255), rel=1e-11)
+
+
 def test_a_limit_on_operations():
     assert calculate("-2*-(3)", operations=1) == "6"
     with pytest.raises(ToolError, match="too many operations"):
@@ -141,8 +147,11 @@ def test_no_text_takes_long_or_raises_anything_else():
         alphabet = rng.choice(["0123456789+-*/%().", "9*", "9()-*", string.printable])
         text = "".join(rng.choice(alphabet) for _ in range(rng.randint(0, 200)))
         try:
-            value = Fraction(calculate(text))
-        except ToolError:
+            said = calculate(text)
+        except ToolError as error:
+            assert len(f"error: {error}") <= MAX_WRITTEN
             continue
+        assert len(said) <= MAX_WRITTEN
+        value = Fraction(said)
         assert max(abs(value.numerator), value.denominator) < 10 ** (MAX_BITS // 2)
     assert time.perf_counter() - started < 3.0
