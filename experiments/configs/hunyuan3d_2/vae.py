@@ -57,7 +57,7 @@ def cpu() -> Config:
         truncation=0.1,
         eval=EvalConfig(volume_points=8192, surface_points=4096, shapes=64),
         optim=OptimConfig(
-            lr=1e-3, b2=0.99, weight_decay=0.01, schedule="cosine", warmup_steps=100,
+            lr=5e-4, b2=0.99, weight_decay=0.01, schedule="cosine", warmup_steps=100,
             final_fraction=0.01,
         ),
         loop=LoopConfig(steps=2000, log_every=10, eval_every=500, checkpoint_every=250),
