@@ -99,9 +99,11 @@ def _figure(results: Results, path: pathlib.Path) -> None:
     def points(figures: Mapping[str, Any]):
         return list(zip(CALLS, columns(figures), strict=True))
 
-    tested = {"base": [points(f) for f in results["base"].values()]} if results.get("base") else {}
-    for arm in shown:
-        tested[arm] = [points(arms.chosen(f, "shared")) for f in results[arm].values()]
+    tested = {
+        arm: [points(arms.chosen(f, "shared")) for f in results[arm].values()] for arm in shown
+    }
+    if results.get("base"):
+        tested["base"] = [points(f) for f in results["base"].values()]
     panels = {
         "pass@1 by the number of calls that it takes": tested,
         "pass@1 on training problems by rollout": arms.curves(results, shown, "pass@1"),

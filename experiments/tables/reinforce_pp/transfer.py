@@ -106,9 +106,11 @@ def _figure(results: Results, path: pathlib.Path) -> None:
     def points(figures: Mapping[str, Any]):
         return [(i, figures["tests"][name]["pass@1"]) for i, name in enumerate(_SMALL)]
 
-    tested = {"base": [points(f) for f in results["base"].values()]} if results.get("base") else {}
-    for arm in shown:
-        tested[arm] = [points(arms.chosen(f, "shared")) for f in results[arm].values()]
+    tested = {
+        arm: [points(arms.chosen(f, "shared")) for f in results[arm].values()] for arm in shown
+    }
+    if results.get("base"):
+        tested["base"] = [points(f) for f in results["base"].values()]
     panels = {
         "pass@1 on training problems": arms.curves(results, shown, "pass@1"),
         f"pass@1: 0 {EASY}, 1 {HARD}, 2 {HARDER}": tested,
