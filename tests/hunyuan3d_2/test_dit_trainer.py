@@ -187,6 +187,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_is_no_parameter_and_several_views_are_one_condition(tmp_path):
     config = make_config(views=2, loop=LoopConfig(steps=2))
     state = loop.run(build(config, tmp_path, frozen=True, held_out=False), config.loop, tmp_path)
