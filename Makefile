@@ -20,9 +20,9 @@ run: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(PYTEST) $(PYTEST_ARGS)
 
-# Minutes-long checks, the comparison with PyTorch implementations, reasoning-gym, the notebooks.
+# Minutes-long checks, the comparison with PyTorch implementations, reasoning-gym, the notebooks; compiled as users' runs are.
 test-slow: $(VENV)/.installed-all
-	$(PYTEST) -m "slow or parity or gym" $(PYTEST_ARGS)
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(PYTEST) -m "slow or parity or gym" $(PYTEST_ARGS)
 
 # A part of the suite on the other pair of JAX and Flax that setup.cfg names: with it come the GPU kernels' interpreted
 # tests, for which the first pair has no interpreter.

@@ -4,7 +4,10 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Half of the time of programs as tiny as these would be LLVM's optimiser's; the slow tier runs with it (see Makefile).
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 # Two programs with collectives in flight at once can wait for each other on few cores.
 os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
 _CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"

@@ -165,7 +165,7 @@ def test_gradients_agree_however_layers_are_run():
     scanned, unrolled = dict(scan_layers=True, remat="dots"), dict(scan_layers=False, remat="full")
     for how in (scanned, unrolled, dict(scan_layers=False, kernels="reference")):
         for x, y in zip(plain, gradient(**how), strict=True):
-            np.testing.assert_allclose(x, y, atol=1e-5 * max(1.0, float(jnp.abs(x).max())))
+            np.testing.assert_allclose(x, y, atol=5e-5 * max(1.0, float(jnp.abs(x).max())))
 
 
 def test_kernels_that_this_machine_cannot_run_are_refused():
