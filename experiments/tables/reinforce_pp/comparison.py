@@ -83,7 +83,10 @@ def _all_improve(results: Results) -> Verdict:
         arm: over_seeds([_held_out(arms.chosen(f, "shared")) - base[s] for s, f in results[arm].items()])
         for arm in ALGORITHMS
     }  # fmt: skip
-    numbers = {"base": over_seeds(list(base.values())), **gains}
+    numbers = {
+        "base": over_seeds(list(base.values())),
+        **{f"{arm}: gain": gain for arm, gain in gains.items()},
+    }
     return verdict(
         all(gain.low > 0 for gain in gains.values()),
         any(gain.high < 0 for gain in gains.values()),
