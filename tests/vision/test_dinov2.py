@@ -131,10 +131,10 @@ def test_images_are_normalised_as_imagenet_s():
     assert out.shape == (1, 28, 28, 3)
     np.testing.assert_allclose(out[0, 3, 5], (1 - dinov2.MEAN) / dinov2.STD, rtol=1e-5)
     np.testing.assert_allclose(dinov2.preprocess(-white, 20)[0, 0, 0], -dinov2.MEAN / dinov2.STD, rtol=1e-5)
-    # Antialiased: a fine checkerboard, shrunk, is its mean; not every other square.
+    # Antialiased: a fine checkerboard, shrunk five times, is about its mean; not every fifth square.
     board = np.where(np.indices((40, 40)).sum(0) % 2, 1.0, -1.0)[None, ..., None].repeat(3, -1)
-    middle = dinov2.preprocess(board, 10)[0, 3:7, 3:7] * dinov2.STD + dinov2.MEAN
-    np.testing.assert_allclose(middle, 0.5, atol=1e-5)
+    middle = dinov2.preprocess(board, 8)[0, 2:6, 2:6] * dinov2.STD + dinov2.MEAN
+    np.testing.assert_allclose(middle, 0.5, atol=2e-3)
     with pytest.raises(ValueError, match="square"):
         dinov2.preprocess(white[:, :10], 28)
 
