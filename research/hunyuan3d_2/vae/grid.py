@@ -25,7 +25,8 @@ COARSE_BINS, FINE_BINS = 4, 6  # regions along an axis that select tokens: first
 COARSE_STRIDE, FINE_STRIDE, MERGE_STRIDE = 100, 50, 30  # every so many points of a region choose
 MERGE_LEAST = 1e-6
 SELECTED = {3072: 1024, 512: 256}  # tokens -> tokens selected; a third of others
-_MOST = 2**16  # points in one program call, whatever the budget
+# Points in one program call, whatever the budget; measured on CPU, where activations should stay in cache.
+MOST, DEFAULT_MOST = {"cpu": 2**12}, 2**16
 _IN_FLIGHT = 2  # calls that are dispatched and not fetched
 
 
@@ -184,7 +185,7 @@ class _Work:
         if config.selection != "none":
             per_point += 2 * vae.field_width * tokens // TILE
         per_point *= 4
-        most = min(_MOST, config.memory // per_point)
+        most = min(MOST.get(jax.default_backend(), DEFAULT_MOST), config.memory // per_point)
         if most < 8 * TILE:
             raise ValueError(
                 f"memory={config.memory} bytes is too little: {8 * TILE} points with {tokens} tokens "
