@@ -193,8 +193,9 @@ def tiny():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", [proxy, noise], ids=["proxy", "noise"])
-def test_every_row_runs(module, tmp_path):
+def test_every_row_runs(module, tmp_path, monkeypatch):
     """One seed of a tiny size; every claim finds the figures it reads, and the figure is drawn."""
+    monkeypatch.setattr(proxy, "best_rate", lambda s, arm, directory: s.rate)
     table = dataclasses.replace(module.TABLE, scales={"cpu": module.runs(tiny()[module])})
     results, origins = reproducer.collect(table, "cpu", [0], tmp_path / "runs", run=True)
     assert set(results) == {run.name for run in table.scales["cpu"]}
@@ -202,6 +203,25 @@ def test_every_row_runs(module, tmp_path):
     assert {v.status for v in verdicts.values()} == {"not resolved"}, verdicts
     path = reproducer.write(table, "cpu", results, verdicts, origins, tmp_path / "out")
     assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_the_best_rate_ends_with_the_highest_gold_on_another_seed(tmp_path, monkeypatch):
+    late = {3e-4: [0.9, 0.2, 0.2, 0.2], 1e-3: [0.1, 0.3, 0.6, 0.6], 3e-3: [0.1, 0.1, 0.1, 0.9]}
+    seeds = []
+
+    def train(s, arm, rate, seed, directory, prepared):
+        seeds.append(seed)
+        return {"curve": [{"gold": gold} for gold in late[rate]]}
+
+    def prepare(s, seed, directory, results):
+        directory.mkdir(parents=True)
+        return {}
+
+    monkeypatch.setattr(proxy, "train", train)
+    monkeypatch.setattr(proxy, "prepare", prepare)
+    for _ in range(2):  # the second time it is known
+        assert proxy.best_rate(proxy.SCALES["cpu"], "rpp", tmp_path) == 1e-3
+    assert seeds == [proxy.TUNING_SEED] * 3
 
 
 @pytest.mark.parametrize("scale", ["cpu", "gpu"])
