@@ -86,6 +86,7 @@ def history(workdir):
     return [{k: v for k, v in line.items() if not skip(k)} for line in lines]
 
 
+@pytest.mark.slow
 def test_it_learns_the_condition_averages_and_says_what_it_trained(tmp_path):
     config = make_config(loop=LoopConfig(steps=100))
     state = loop.run(build(config, tmp_path), config.loop, tmp_path, fingerprint_of=config)
