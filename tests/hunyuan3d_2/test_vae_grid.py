@@ -125,7 +125,6 @@ def test_cells_near_the_surface():
     assert np.count_nonzero(grid.dilate(one)) == 18  # at an edge of the grid
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("selection", ["topk", "merge"])
 def test_selected_tokens(selection):
     """Each region's points attend to the tokens that NumPy chooses for them."""
