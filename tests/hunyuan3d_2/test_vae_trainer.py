@@ -119,7 +119,6 @@ def test_it_learns_and_its_checkpoint_is_read(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, state.params)
 
 
-@pytest.mark.slow
 def test_reconstruction_is_the_iou_of_signs():
     assert evaluation.iou(np.array([1, 1, 0, 0]) > 0, np.array([1, 0, 1, 0]) > 0) == 1 / 3
     assert evaluation.iou(np.zeros(3, bool), np.zeros(3, bool)) == 1
