@@ -17,6 +17,7 @@ from research.hunyuan3d_2.dit import checkpoint, examples, multiview, trainer
 from research.hunyuan3d_2.dit.config import DiTConfig
 from research.hunyuan3d_2.dit.flow import FlowConfig
 from research.hunyuan3d_2.dit.tower import Tower
+from research.hunyuan3d_2.render import shading
 
 MODEL = DiTConfig(
     num_latents=4, latent_dim=3, cond_dim=8, hidden_size=16, num_heads=2, depth=1, single_depth=1
@@ -224,7 +225,7 @@ def test_a_row_is_drawn_from_its_shape():
 
 def test_transparent_images_lie_on_white():
     image = np.asarray([[[[0, 100, 200, 0], [0, 100, 200, 255], [0, 100, 200, 51]]]], np.uint8)
-    assert examples.on_white(image)[0, 0].tolist() == [
+    assert shading.on_white(image)[0, 0].tolist() == [
         [255, 255, 255],
         [0, 100, 200],
         [204, 224, 244],

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from research.hunyuan3d_2.dit import multiview
+from research.hunyuan3d_2.render.shading import on_white
 
 Example = Mapping[str, np.ndarray]
 Decode = Callable[
@@ -52,14 +53,6 @@ def row(example: Example, views: int, rng: np.random.Generator) -> dict[str, np.
     made["image"] = on_white(np.asarray(example["image"])[chosen])
     made["seed"] = rng.integers(2**32, size=2, dtype=np.uint32)
     return made | ({"view": chosen.astype(np.int32)} if views > 1 else {})
-
-
-def on_white(image: np.ndarray) -> np.ndarray:
-    """uint8 RGB of RGB or of RGBA with straight alpha, on white."""
-    if image.shape[-1] == 3:
-        return image
-    alpha = image[..., 3:].astype(np.float32) / 255
-    return np.rint(image[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
 
 
 def latent_scale(examples: Sequence[Example], most: int = 512) -> float:

@@ -120,10 +120,12 @@ def render(
     return np.concatenate(images)
 
 
-def on_white(image_rgba: np.ndarray) -> np.ndarray:
-    """uint8 RGBA `[..., 4]` laid on white: uint8 RGB `[..., 3]`."""
-    alpha = image_rgba[..., 3:].astype(np.float32) / 255
-    return (image_rgba[..., :3] * alpha + 255 * (1 - alpha) + 0.5).astype(np.uint8)
+def on_white(image: np.ndarray) -> np.ndarray:
+    """uint8 RGB of RGB, or of RGBA with straight alpha laid on white; colours are the last axis."""
+    if image.shape[-1] == 3:
+        return image
+    alpha = image[..., 3:].astype(np.float32) / 255
+    return (image[..., :3] * alpha + 255 * (1 - alpha) + 0.5).astype(np.uint8)
 
 
 def _averaged(samples_VHW4, supersample: int) -> np.ndarray:
