@@ -6,8 +6,9 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 PYTEST_ARGS ?=
-# Two worker processes; more would compile the same programs again.
-PYTEST := $(VENV)/bin/python -m pytest -n 2
+# Few worker processes, each with neighbouring tests; more would compile the same programs again.
+WORKERS ?= 2
+PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -20,15 +21,18 @@ run: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(PYTEST) $(PYTEST_ARGS)
 
-# Minutes-long checks, the comparison with PyTorch implementations, reasoning-gym, the notebooks; compiled as users' runs are.
+# Minutes-long checks, the comparison with PyTorch implementations, reasoning-gym, the notebooks. Many wait for processes
+# of their own, so there is one worker more.
+test-slow: WORKERS = 3
 test-slow: $(VENV)/.installed-all
-	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(PYTEST) -m "slow or parity or gym" $(PYTEST_ARGS)
+	$(PYTEST) -m "slow or parity or gym" $(PYTEST_ARGS)
 
 # A part of the suite on the other pair of JAX and Flax that setup.cfg names: with it come the GPU kernels' interpreted
 # tests, for which the first pair has no interpreter.
 test-py312:
 	$(MAKE) test PYTHON=python3.12 VENV=.venv312 \
-	  PYTEST_ARGS="tests/core tests/rl tests/lm tests/pallas_kernels/*_gpu.py $(PYTEST_ARGS)"
+	  PYTEST_ARGS="tests/core tests/rl $(addprefix tests/lm/test_,decoder.py sampler.py hf.py kernels.py) \
+	  tests/hunyuan3d_2 tests/vision tests/pallas_kernels/*_gpu.py $(PYTEST_ARGS)"
 
 # Every Pallas kernel: right when interpreted, compiled by the real compilers of GPU and TPU, within its budget.
 kernels-check:

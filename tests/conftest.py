@@ -4,7 +4,7 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Half of the time of programs as tiny as these would be LLVM's optimiser's; the slow tier runs with it (see Makefile).
+# Half of the time of programs as tiny as these would be LLVM's optimiser's. Programs that tests start run with it.
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
