@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 TPUS = ("v5p", "v6e", "tpu7x")
 GPUS = ("h200", "h100")
 
@@ -99,3 +101,13 @@ class Numeric:
     targets: Sequence[str]
     error: Callable[[], float]
     limit: float
+
+
+def worst_error(got: Sequence[Any], want: Sequence[np.ndarray]) -> float:
+    """max |got - want| / max |want|, the worst of all pairs of arrays; NaN if one is (Python's max may lose it)."""
+    errors = [
+        np.max(np.abs(np.asarray(x, np.float64) - y), initial=0)
+        / max(np.max(np.abs(y), initial=0), 1e-30)
+        for x, y in zip(got, want, strict=True)
+    ]
+    return float(np.max(errors))

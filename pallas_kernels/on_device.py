@@ -20,7 +20,7 @@ import numpy as np
 
 from pallas_kernels import chips, tilings
 from pallas_kernels.aot import worker
-from pallas_kernels.case import Case
+from pallas_kernels.case import Case, worst_error
 
 SECONDS, REPEATS = 0.05, 5  # of a round of calls; rounds, of which the median counts
 
@@ -187,7 +187,7 @@ class Device:
         if reference:
             self.first = some
         elif self.first is not None and compare:
-            answer["difference"] = _difference(some, self.first)
+            answer["difference"] = worst_error(some, self.first)
         return answer | {"seconds": seconds(function, *self.arguments)}
 
 
@@ -196,15 +196,6 @@ def _some(x):
     """Some 65536 elements from all over an array."""
     x = x.reshape(-1)
     return x[:: max(1, x.size // 65536)].astype(jnp.float32)
-
-
-def _difference(got: list, want: list) -> float:
-    """max |got - want| / max |want|, the worst of all arrays; NaN if one is."""
-    errors = [
-        np.max(np.abs(x - y), initial=0) / max(np.max(np.abs(y), initial=0), 1e-30)
-        for x, y in zip(got, want, strict=True)
-    ]
-    return float(np.max(errors))
 
 
 def _sample(case: Case, chip: str) -> tuple:

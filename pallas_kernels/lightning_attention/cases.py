@@ -12,7 +12,7 @@ import numpy as np
 
 from pallas_kernels import chips, tilings
 from pallas_kernels import lightning_attention as op
-from pallas_kernels.case import GPUS, TPUS, Case, Numeric, Schedule
+from pallas_kernels.case import GPUS, TPUS, Case, Numeric, Schedule, worst_error
 from pallas_kernels.lightning_attention import pallas, tpu
 
 K, C = 128, 64
@@ -205,9 +205,7 @@ def _error(dtype, num_splits=0, T=200):
 
     got = both(q, k, v, initial, d_o, d_final)
     want = _definition(q, k, v, slopes, initial, segments, lengths, d_o, d_final)
-    return max(
-        np.abs(np.float64(x) - y).max() / np.abs(y).max() for x, y in zip(got, want, strict=True)
-    )
+    return worst_error(got, want)
 
 
 # Rounding the results to bfloat16 is up to 3.9e-3 of that.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import chips
-from pallas_kernels.case import GPUS, TPUS, Case, Numeric, Schedule
+from pallas_kernels.case import GPUS, TPUS, Case, Numeric, Schedule, worst_error
 from pallas_kernels.moe_dispatch import moe_mlp, pallas, ragged, routing
 from pallas_kernels.tilings import TILINGS
 
@@ -341,10 +341,7 @@ def _error(dtype, capacity, skew):
         return y_ND, *pull(d_y_ND)
 
     got = run(d_y_ND, *narrow, jnp.asarray(weights, jnp.float32))
-    return max(
-        np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max()
-        for a, b in zip(got, want, strict=True)
-    )
+    return worst_error(got, want)
 
 
 # In bfloat16 what gate, up and hidden gave is rounded in between, in every implementation.

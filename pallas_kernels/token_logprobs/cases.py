@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.case import GPUS, TPUS, Case, Numeric, Schedule
+from pallas_kernels.case import GPUS, TPUS, Case, Numeric, Schedule, worst_error
 from pallas_kernels.tilings import TILINGS
 from pallas_kernels.token_logprobs import Scores, token_logprobs, tpu
 
@@ -158,8 +158,7 @@ def _error(dtype, wanted):
     dz = a * (onehot - np.exp(logp)) - b * np.exp(logp) * (logp + entropy) + c * np.exp(logp)
     values = (logp * onehot).sum(1), entropy[:, 0], lse[:, 0]
     gradients = dz @ w.T / temperature, h.T @ dz / temperature
-    pairs = zip(got, (values, gradients)[wanted], strict=True)
-    return max(np.abs(np.asarray(x, np.float64) - y).max() / np.abs(y).max() for x, y in pairs)
+    return worst_error(got, (values, gradients)[wanted])
 
 
 NUMERICS = [

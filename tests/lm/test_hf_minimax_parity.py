@@ -157,7 +157,7 @@ def test_logits_gradients_and_back(case, tmp_path):
           f"gradients {errors[worst]:.1e} of the largest ({worst})")
     assert set(errors) == set(named)
     assert error < 1e-4
-    assert errors[worst] < 1e-4
+    assert all(x < 1e-4 for x in errors.values())
 
     hf.save(tmp_path / "ours", model, params)
     again = read(tmp_path / "ours")(torch.from_numpy(tokens)).logits

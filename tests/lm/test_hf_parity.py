@@ -116,7 +116,7 @@ def test_logits_and_gradients(case, tmp_path):
           f"gradients {errors[worst]:.1e} of the largest ({worst})")
     assert set(errors) == set(named)
     assert error < 1e-4
-    assert errors[worst] < 1e-4
+    assert all(x < 1e-4 for x in errors.values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

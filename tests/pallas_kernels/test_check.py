@@ -9,11 +9,12 @@ import threading
 import time
 import types
 
+import numpy as np
 import pytest
 
 from pallas_kernels import check, chips, tilings
 from pallas_kernels.aot import budgets, compile, ptxas, schedule, table, worker
-from pallas_kernels.case import Case, Schedule
+from pallas_kernels.case import Case, Schedule, worst_error
 from pallas_kernels.chips import CHIPS
 
 V5P, V6E = CHIPS["v5p"], CHIPS["v6e"]
@@ -184,6 +185,15 @@ def test_gates_and_records():
         in budgets.failures(result(TPU), None, {"kernels": {"other": TPU}})[0]
     )
     assert budgets.failures({"failed": "ValueError: x"}, None, None) == ["ValueError: x"]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_no_place_hides_what_is_not_a_number(place):
+    want = [np.ones(3), np.full((2, 2), -4.0), np.zeros(2)]
+    got = [x + 0.1 * (i == 1) for i, x in enumerate(want)]
+    assert worst_error(got, want) == pytest.approx(0.1 / 4)
+    got[place] = got[place] * np.nan
+    assert math.isnan(worst_error(got, want))
 
 
 @pytest.mark.parametrize("error, passes", [(4e-3, True), (4.1e-3, False), (math.nan, False)])

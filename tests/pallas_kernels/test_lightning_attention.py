@@ -117,7 +117,7 @@ def compare(
         if x is not None:
             error = np.abs(np.asarray(x, np.float64) - y).max() / max(np.abs(y).max(), 1e-6)
             errors[name] = error
-    assert max(errors.values()) < rtol, errors
+    assert np.max(list(errors.values())) < rtol, errors
     assert got[0].dtype == dtype and got[1].dtype == F32
     return errors
 
