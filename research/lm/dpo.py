@@ -20,7 +20,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
 from research.core import data as pipelines
-from research.core import mesh as meshes
 from research.core import optim as optimizers
 from research.core import sharding, step
 from research.core.data import DataConfig, Example, SourceConfig
@@ -171,17 +170,7 @@ def build(
     if model is None:
         model, params, tokenizer = checkpoints.load(config.init_from)
     model = Decoder(trainer.with_own(model.config, config))
-    if config.data.seq_len > model.config.max_position:
-        raise ValueError(
-            f"data.seq_len={config.data.seq_len} is beyond the model's context of {model.config.max_position} tokens"
-        )
-    grid = meshes.make(config.mesh)
-    shards = math.prod(grid.shape[axis] for axis in decoder_sharding.batch_axes(grid))
-    if config.data.batch_size % (shards * max(1, config.micro_rows)):
-        raise ValueError(
-            f"data.batch_size={config.data.batch_size} must be a multiple of {shards} devices x "
-            f"micro_rows={config.micro_rows or 1}"
-        )
+    grid = trainer.grid_of(config, model)
     return _Run(config, pathlib.Path(workdir), model, params, tokenizer, grid).trainer()
 
 
@@ -201,15 +190,10 @@ class _Run:
             self.held_out = pipelines.pipeline(settings, tokenize, endless=False)
         axes = decoder_sharding.batch_axes(grid)
         micro_rows = config.micro_rows or None
-        self.rules = None if tuple(grid.shape) == ("data",) else decoder_sharding.rules(grid)
+        self.rules = trainer.rules_of(grid)
         # Nothing that `self` holds may hold `self`: open files are closed when the last user is gone.
         loss = partial(_loss, config, model)
-        if self.rules is None:
-            self.update = step.data_parallel(loss, self.optimizer, grid, micro_rows=micro_rows)
-        else:
-            self.update = step.spmd(
-                loss, self.optimizer, grid, self.rules, micro_rows=micro_rows, batch_axes=axes
-            )
+        self.update = trainer.updater(loss, self.optimizer, grid, micro_rows)
         self.forward = step.evaluation(loss, grid, micro_rows=micro_rows, batch_axes=axes)
         logprobs = lambda params, rows: _pair_logprobs(model, params, rows)[0]  # noqa: E731
         self.score = scorer(logprobs, grid, axes, config.micro_rows)

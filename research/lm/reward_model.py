@@ -7,7 +7,6 @@ label itself. Responses are tokenized as in fine-tuning, each with its end token
 
 import dataclasses
 import itertools
-import math
 import pathlib
 from functools import partial
 from typing import Any, Literal
@@ -18,9 +17,8 @@ import numpy as np
 
 from research.core import config as configs
 from research.core import data as pipelines
-from research.core import mesh as meshes
 from research.core import optim as optimizers
-from research.core import sharding, step
+from research.core import sharding
 from research.core.data import DataConfig, Example, SourceConfig
 from research.core.loop import LoopConfig, Trainer
 from research.core.metrics import Mean
@@ -192,17 +190,7 @@ def build(
     else:
         params = value_head.init(params, model.config.hidden_size)
     model = Decoder(trainer.with_own(model.config, config))
-    if config.data.seq_len > model.config.max_position:
-        raise ValueError(
-            f"data.seq_len={config.data.seq_len} is beyond the model's context of {model.config.max_position} tokens"
-        )
-    grid = meshes.make(config.mesh)
-    shards = math.prod(grid.shape[axis] for axis in decoder_sharding.batch_axes(grid))
-    if config.data.batch_size % (shards * max(1, config.micro_rows)):
-        raise ValueError(
-            f"data.batch_size={config.data.batch_size} must be a multiple of {shards} devices x "
-            f"micro_rows={config.micro_rows or 1}"
-        )
+    grid = trainer.grid_of(config, model)
     return _Run(config, pathlib.Path(workdir), model, params, tokenizer, grid).trainer()
 
 
@@ -233,15 +221,10 @@ class _Run:
             self.held_out = pipelines.pipeline(settings, tokenize, endless=False)
         axes = decoder_sharding.batch_axes(grid)
         micro_rows = config.micro_rows or None
-        self.rules = None if tuple(grid.shape) == ("data",) else decoder_sharding.rules(grid)
+        self.rules = trainer.rules_of(grid)
         # Nothing that `self` holds may hold `self`: open files are closed when the last user is gone.
         loss = partial(_loss, config, model)
-        if self.rules is None:
-            self.update = step.data_parallel(loss, self.optimizer, grid, micro_rows=micro_rows)
-        else:
-            self.update = step.spmd(
-                loss, self.optimizer, grid, self.rules, micro_rows=micro_rows, batch_axes=axes
-            )
+        self.update = trainer.updater(loss, self.optimizer, grid, micro_rows)
         scores = lambda params, rows: _scores(model, params, rows)[0]  # noqa: E731
         score = dpo.scorer(scores, grid, axes, config.micro_rows)
         known = ("weights", "labels")

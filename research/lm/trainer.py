@@ -18,7 +18,9 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from research.core import data as pipelines
 from research.core import mesh as meshes
@@ -105,21 +107,9 @@ def build(
     and FileNotFoundError.
     """
     model, params, tokenizer = _model(config, params, tokenizer)
-    if config.data.seq_len > model.config.max_position:
-        raise ValueError(
-            f"data.seq_len={config.data.seq_len} is beyond the model's context of "
-            f"{model.config.max_position} tokens (model.max_position)"
-        )
-    grid = meshes.make(config.mesh)
-    shards = math.prod(grid.shape[axis] for axis in decoder_sharding.batch_axes(grid))
     schedule = ramps.Schedule(config.batch_ramp, config.data.batch_size, config.data.seq_len)
-    for rows in schedule.sizes:
-        if rows % (shards * max(1, config.micro_rows)):
-            name = "a batch of batch_ramp" if config.batch_ramp else "data.batch_size"
-            raise ValueError(
-                f"{name}={rows} must be a multiple of {shards} devices x "
-                f"micro_rows={config.micro_rows or 1}"
-            )
+    name = "a batch of batch_ramp" if config.batch_ramp else "data.batch_size"
+    grid = grid_of(config, model, schedule.sizes, name)
     if config.batch_ramp and isinstance(examples, grain.IterDataset):
         raise ValueError("batch_ramp needs rows to make batches of, not a dataset of whole batches")
     train, held_out = _datasets(config, schedule.unit, tokenizer, examples, eval_examples)
@@ -169,7 +159,9 @@ def held_out_loss(model: Decoder, params: Any, batch: dict[str, jax.Array]):
     return -jnp.sum(logprobs * batch["weights"]), {}
 
 
-def balancing(config: DecoderConfig, router: moe.RouterStats | None, share: jax.Array | float = 1.0):
+def balancing(
+    config: DecoderConfig, router: moe.RouterStats | None, share: jax.Array | float = 1.0
+):
     """aux_coef · share · Σ_layers aux, which a loss adds, and the routers' metrics; 0.0 without experts.
 
     `share` is what the micro-batch is of the global one, by the loss's weights; 'aux' is Σ_layers aux.
@@ -179,6 +171,44 @@ def balancing(config: DecoderConfig, router: moe.RouterStats | None, share: jax.
     aux = jnp.sum(moe.aux_loss(router, config.moe.top_k, config.moe.aux_form))
     metrics = {"aux": Mean(aux * share, share), **moe.metrics(router, config.moe)}
     return config.moe.aux_coef * aux * share, metrics
+
+
+def grid_of(
+    config: Any, model: Decoder, batches: Sequence[int] = (), name: str = "data.batch_size"
+) -> Mesh:
+    """The mesh of a run on packed rows, whose `batches` (by default its data's one) it can split.
+
+    Raises ValueError for rows beyond the model's context, and batches that do not split.
+    """
+    if config.data.seq_len > model.config.max_position:
+        raise ValueError(
+            f"data.seq_len={config.data.seq_len} is beyond the model's context of "
+            f"{model.config.max_position} tokens (model.max_position)"
+        )
+    grid = meshes.make(config.mesh)
+    shards = math.prod(grid.shape[axis] for axis in decoder_sharding.batch_axes(grid))
+    for rows in batches or (config.data.batch_size,):
+        if rows % (shards * max(1, config.micro_rows)):
+            raise ValueError(
+                f"{name}={rows} must be a multiple of {shards} devices x micro_rows={config.micro_rows or 1}"
+            )
+    return grid
+
+
+def rules_of(grid: Mesh) -> sharding.Rules | None:
+    """The decoder's sharding rules on a mesh; None where only rows are split."""
+    return None if tuple(grid.shape) == ("data",) else decoder_sharding.rules(grid)
+
+
+def updater(
+    loss: step.LossFn, optimizer: optax.GradientTransformation, grid: Mesh, micro_rows: int | None
+) -> step.Step:
+    """The training step of a decoder on a mesh."""
+    rules = rules_of(grid)
+    if rules is None:
+        return step.data_parallel(loss, optimizer, grid, micro_rows=micro_rows)
+    axes = decoder_sharding.batch_axes(grid)
+    return step.spmd(loss, optimizer, grid, rules, micro_rows=micro_rows, batch_axes=axes)
 
 
 def create_state(create, params: Any, grid, rules) -> TrainState:
@@ -214,7 +244,7 @@ class _Run:
         self.tokenizer, self.grid = tokenizer, grid
         self.optimizer = optimizers.make(config.optim, config.loop.steps)
         self.axes = decoder_sharding.batch_axes(grid)
-        self.rules = None if tuple(grid.shape) == ("data",) else decoder_sharding.rules(grid)
+        self.rules = rules_of(grid)
 
     def trainer(self, schedule, train, held_out) -> Trainer:
         self.schedule, self.iterator, self.held_out = schedule, iter(train), held_out
@@ -225,17 +255,12 @@ class _Run:
             self.micro_rows = self.micro_rows or schedule.unit // shards
         # Nothing that `self` holds may hold `self`: open files are closed when the last user is gone.
         loss = partial(loss_fn, self.model)
-        if self.rules is None:
-            update = step.data_parallel(
-                loss, self.optimizer, self.grid, micro_rows=self.micro_rows
-            )
-        else:
-            update = step.spmd(
-                loss, self.optimizer, self.grid, self.rules,
-                micro_rows=self.micro_rows, batch_axes=self.axes,
-            )  # fmt: skip
+        update = updater(loss, self.optimizer, self.grid, self.micro_rows)
         self.forward = step.evaluation(
-            partial(held_out_loss, self.model), self.grid, micro_rows=self.micro_rows, batch_axes=self.axes
+            partial(held_out_loss, self.model),
+            self.grid,
+            micro_rows=self.micro_rows,
+            batch_axes=self.axes,
         )
         evaluate = self.evaluate if held_out is not None else None
         return Trainer(
