@@ -42,17 +42,22 @@ def cpu() -> Config:
     return Config(
         data="data/shapes",
         vae="runs/vae",
-        model=PRESETS["tiny"],
+        model=narrow("tiny"),
         batch_size=16,
         ema_decay=0.995,
-        optim=dataclasses.replace(RECIPE, lr=5e-4, warmup_steps=100),
+        optim=dataclasses.replace(RECIPE, lr=1e-3, warmup_steps=100),
         eval=EvalConfig(shapes=16, loss_shapes=64, steps=20, guidance=3.0),
-        loop=LoopConfig(steps=1500, log_every=10, eval_every=500, checkpoint_every=250),
+        loop=LoopConfig(steps=2000, log_every=10, eval_every=500, checkpoint_every=250),
     )
 
 
+def narrow(preset: str) -> DiTConfig:
+    """Half as wide: more steps in the same time."""
+    return dataclasses.replace(PRESETS[preset], hidden_size=128)
+
+
 def cross() -> Config:
-    return dataclasses.replace(cpu(), model=PRESETS["tiny-cross"])
+    return dataclasses.replace(cpu(), model=narrow("tiny-cross"))
 
 
 def gpu() -> Config:

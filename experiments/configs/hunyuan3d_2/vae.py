@@ -4,11 +4,11 @@
     python -m experiments.run --config=experiments/configs/hunyuan3d_2/vae.py \\
         --config.data=data/shapes --workdir=runs/vae
 
-The default has 1.6 M parameters, 64 to 256 tokens, and learns in under half an hour on two cores. The argument takes:
+The default has 1.6 M parameters, 32 to 128 tokens, and learns in under half an hour on two cores. The argument takes:
 
     vae.py:uniform    the default without points on sharp edges, as many points in all (Table 1's importance sampling)
     vae.py:learned    the default with a table of learned queries in place of sampled ones
-    vae.py:fixed      the default always with 256 tokens
+    vae.py:fixed      the default always with 128 tokens
     vae.py:gpu        larger, for one H200; --out's --points must be 32768 or more
     vae.py:finetune   a released size; needs --config.init_from, a directory with the encoder, and shapes built with
                       --paper
@@ -24,26 +24,37 @@ from research.hunyuan3d_2.vae.evaluation import EvalConfig
 from research.hunyuan3d_2.vae.trainer import Config
 
 
+ABLATIONS = ("uniform", "learned", "fixed")
+
+
 def get_config(arg: str = ""):
     return to_config_dict(config(arg))
 
 
 def config(arg: str = "") -> Config:
-    made = cpu()
-    if arg == "uniform":
-        points = made.model.uniform_points + made.model.sharp_points
-        model = dataclasses.replace(made.model, uniform_points=points, sharp_points=0)
-        return dataclasses.replace(made, model=model)
-    if arg == "learned":
-        return dataclasses.replace(made, model=dataclasses.replace(made.model, queries="learned"))
-    if arg == "fixed":
-        return dataclasses.replace(made, token_counts=())
+    if arg in ABLATIONS:
+        return ablation(cpu(), arg)
     variants = {"": cpu, "gpu": gpu, "finetune": finetune}
     if arg not in variants:
         raise ValueError(
-            f"vae has no variant {arg!r}; it has uniform, learned, fixed, gpu and finetune"
+            f"vae has no variant {arg!r}; it has {', '.join([*ABLATIONS, 'gpu'])} and finetune"
         )
     return variants[arg]()
+
+
+def ablation(made: Config, name: str) -> Config:
+    """Table 1's comparison of this name (one of ABLATIONS) with `made`; '' is `made` itself."""
+    model = made.model
+    if name == "uniform":
+        points = model.uniform_points + model.sharp_points
+        model = dataclasses.replace(model, uniform_points=points, sharp_points=0)
+    elif name == "learned":
+        model = dataclasses.replace(model, queries="learned")
+    elif name == "fixed":
+        return dataclasses.replace(made, token_counts=())
+    elif name:
+        raise ValueError(f"no comparison {name!r}; there are {', '.join(ABLATIONS)}")
+    return dataclasses.replace(made, model=model)
 
 
 def cpu() -> Config:
@@ -52,12 +63,12 @@ def cpu() -> Config:
         model=PRESETS["small"],
         batch_size=8,
         micro_rows=1,
-        points=1536,
-        token_counts=(64, 128, 256),
+        points=1024,
+        token_counts=(32, 64, 128),
         truncation=0.1,
-        eval=EvalConfig(volume_points=8192, surface_points=4096, shapes=64),
+        eval=EvalConfig(volume_points=8192, surface_points=4096, shapes=48),
         optim=OptimConfig(
-            lr=5e-4, b2=0.99, weight_decay=0.01, schedule="cosine", warmup_steps=100,
+            lr=1e-3, b2=0.99, weight_decay=0.01, schedule="cosine", warmup_steps=100,
             final_fraction=0.01,
         ),
         loop=LoopConfig(steps=2000, log_every=10, eval_every=500, checkpoint_every=250),
