@@ -143,9 +143,7 @@ def estimate(
         finite &= np.isfinite(greedy)
         greedy = np.where(finite, greedy, 0.0)
     mask = mask & finite[:, None]
-    rewards = np.where(finite, rewards, 0.0)
-    if config.reward_clip is not None:
-        rewards = np.clip(rewards, -config.reward_clip, config.reward_clip)
+    rewards = _clipped(np.where(finite, rewards, 0.0), config)
     kl = np.zeros(mask.shape) if kl is None else np.where(mask, kl, 0.0)
     if not rule.per_token:
         rewards = rewards - kl.sum(axis=1)
@@ -187,6 +185,20 @@ def estimate(
     size, count = total((np.abs(advantages).sum(), mask.sum()), gather)
     statistics["advantages/abs"] = float(size / max(count, 1))
     return Estimate(advantages.astype(np.float32), returns.astype(np.float32), statistics)
+
+
+def unequal(
+    rewards: np.ndarray, group: np.ndarray, config: AdvantageConfig = AdvantageConfig()
+) -> np.ndarray:
+    """[groups] bool, in the order of their ids: whose rewards differ, as `estimate` clips and drops them.
+
+    The others teach nothing where responses to a prompt are compared. (A KL penalty is known later, and is not looked
+    at.)
+    """
+    rewards = np.asarray(rewards, np.float64)
+    finite = np.isfinite(rewards)
+    rewards = _clipped(np.where(finite, rewards, 0.0), config)
+    return ~_Batch(rewards, np.asarray(group), finite, config.ddof, alone).equal
 
 
 def rule_of(name: str) -> Rule:
@@ -327,6 +339,11 @@ def _baseline(rule: Rule, batch: _Batch, rewards, greedy, baseline) -> Any:
     if rule.baseline == "moving":
         return batch.batch_mean if baseline is None else baseline
     return 0.0
+
+
+def _clipped(rewards: np.ndarray, config: AdvantageConfig) -> np.ndarray:
+    limit = config.reward_clip
+    return rewards if limit is None else np.clip(rewards, -limit, limit)
 
 
 def _epsilon(config: AdvantageConfig, usual: float) -> float:

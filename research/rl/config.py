@@ -1,8 +1,11 @@
 """The configuration of an RL run."""
 
 import dataclasses
+import json
+import pathlib
 from typing import Any, Literal
 
+from research.core import config as configs
 from research.core.loop import LoopConfig
 from research.core.optim import OptimConfig
 from research.lm.sampler import Sampling
@@ -31,9 +34,9 @@ class RolloutConfig:
       the response limit from that loop step on (R1-Zero doubles it at update 8,200).
     template, chat: see `Actor`.
     slots: responses sampled at the same time, over this process's devices (0: all of a rollout).
-    rounds: groups whose responses are all right or all wrong teach nothing: at most so often are further problems
-      sampled to replace them (DAPO's dynamic sampling; 1: never; None: as the algorithm has it). Groups that are still
-      missing then are filled with such ones.
+    rounds: groups whose responses all have the same reward, as after `overlong` or from a reward model, teach nothing:
+      at most so often are further problems sampled to replace them (DAPO's dynamic sampling; 1: never; None: as the
+      algorithm has it). Groups that are still missing then are filled with such ones.
     overlong: in the last part of the length limit, as a share of it, reward falls to 1 less (DAPO's shaping; 0: not;
       None: as the algorithm has it).
     tools: see `ToolConfig`; what a tool says counts towards max_new_tokens.
@@ -193,3 +196,16 @@ class Config:
             "loss": self.loss.over(usual.loss),
             "rollout": dataclasses.replace(rollout, rounds=rounds, overlong=overlong),
         }
+
+
+def of_run(workdir: str | pathlib.Path) -> Config | None:
+    """The config of a run of reinforcement learning; None of other runs.
+
+    Raises ValueError where there is no such directory.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.parent.is_dir():
+        raise ValueError(f"{workdir}: there is no such directory")
+    if not path.exists() or json.loads(path.read_text()).get("kind") != "rl":
+        return None
+    return configs.load(path, Config)

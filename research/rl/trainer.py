@@ -347,9 +347,9 @@ class _Run:
             spare: list[tuple[int, int]] = []
             for _ in range(most):
                 seen.append(self._round(params, rounds + len(seen), limit))
-                last, mixed = len(seen) - 1, seen[-1].mixed()
-                kept += [(last, int(p)) for p in np.flatnonzero(mixed)]
-                spare = [(last, int(p)) for p in np.flatnonzero(~mixed)]
+                last, unequal = len(seen) - 1, self._unequal(seen[-1], limit)
+                kept += [(last, int(p)) for p in np.flatnonzero(unequal)]
+                spare = [(last, int(p)) for p in np.flatnonzero(~unequal)]
                 if all(gather(len(kept) >= wanted)):  # all processes sample equally often
                     break
             found = sum(gather(min(len(kept), wanted)))
@@ -388,6 +388,11 @@ class _Run:
         totals = np.array([r.total for r in episodes.rewards], np.float64)
         buffer = round(self.config.rollout.overlong * limit)
         return totals + advantages.overlong_penalty(episodes.completions.lengths, limit, buffer)
+
+    def _unequal(self, episodes: Episodes, limit: int) -> np.ndarray:
+        """[P] bool: problems that the estimator learns from, as their responses differ in reward."""
+        problems = np.repeat(np.arange(len(episodes.problems)), episodes.group_size)
+        return advantages.unequal(self._rewards(episodes, limit), problems, self.config.advantage)
 
     def _save_samples(self, episodes: Episodes, step: int) -> None:
         path = self.workdir / "samples" / f"rollout_{step + 1:06d}.jsonl"
