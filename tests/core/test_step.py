@@ -5,10 +5,6 @@ gradient that is too large by the number of devices.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -208,9 +204,7 @@ def padded(batch, num_micro, devices, micro_rows, micros):
 def test_only_the_first_micro_batches_are_computed(backend):
     """Other rows hold NaN weights; new numbers, even uneven or zero ones, compile nothing."""
     tx, _ = make_state()
-    train_step = step.data_parallel(
-        loss_fn, tx, mesh.make("data=4"), micro_rows=2, backend=backend
-    )
+    train_step = step.data_parallel(loss_fn, tx, mesh.make("data=4"), micro_rows=2, backend=backend)
     compiled = []
     for numbers in ([2, 2, 2, 2], [3, 1, 4, 0], [1, 1, 1, 1]):
         dense = make_batch(rows=2 * sum(numbers))
@@ -298,56 +292,28 @@ def test_mistakes_are_named():
             train_step(make_state()[1], make_batch(rows=6))
 
 
-WORKER = """
-import json, os, sys
-import jax
-address, index, tests = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-from research.core import mesh
-mesh.force_cpu_devices(2)
-jax.distributed.initialize(address, num_processes=2, process_id=index)
-sys.path.insert(0, tests)
-import numpy as np
-import test_step as t
-from research.core import step
-assert jax.process_count() == 2 and len(jax.devices()) == 4
-tx, state = t.make_state()
-train_step = step.data_parallel(t.loss_fn, tx, mesh.make("data=-1"), micro_rows=2)
-out = []
-for i in range(3):
-    batch = t.make_batch(i)
-    half = {k: v[8 * index : 8 * index + 8] for k, v in batch.items()}
-    state, metrics = train_step(state, half)
-    out.append([float(metrics["loss"]), float(metrics["grad_norm"]),
-                float(metrics["accuracy"].compute())])
-total = [float(np.sum(np.asarray(p.addressable_data(0)) ** 2)) for p in
-         jax.tree.leaves(state.params)]
-print(json.dumps([out, total]))
-jax.distributed.shutdown()
-"""
-
-
-def test_two_processes_train_as_one():
-    """Two processes with two CPU devices each (gloo), against one process with four."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    env["JAX_PLATFORMS"] = "cpu"
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, address, str(i), os.path.dirname(__file__)],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+def train_a_little():
+    tx, state = make_state()
+    train_step = step.data_parallel(loss_fn, tx, mesh.make("data=-1"), micro_rows=2)
+    index, out = jax.process_index(), []
+    assert jax.process_count() == 2 and len(jax.devices()) == 4
+    for i in range(3):
+        half = {k: v[8 * index : 8 * index + 8] for k, v in make_batch(i).items()}
+        state, metrics = train_step(state, half)
+        out.append(
+            [
+                float(x)
+                for x in (metrics["loss"], metrics["grad_norm"], metrics["accuracy"].compute())
+            ]
         )
-        for i in range(2)
-    ]  # fmt: skip
-    try:
-        results = [worker.communicate(timeout=180) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for worker, (_, err) in zip(workers, results, strict=True):
-        assert worker.returncode == 0, err[-3000:]
-    answers = [json.loads(out.splitlines()[-1]) for out, _ in results]
+    leaves = [np.asarray(p.addressable_data(0)) for p in jax.tree.leaves(state.params)]
+    print(json.dumps([out, [float(np.sum(leaf**2)) for leaf in leaves]]))
+
+
+def test_two_processes_train_as_one(in_two_processes):
+    """Two processes with two CPU devices each (gloo), against one process with four."""
+    results = in_two_processes(train_a_little)
+    answers = [json.loads(out.splitlines()[-1]) for out in results]
     assert answers[0] == answers[1]
 
     tx, state = make_state()
