@@ -12,11 +12,18 @@ PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test test-slow test-py312 kernels-check bench tables lint clean
+.PHONY: run shape-model test test-slow test-py312 kernels-check bench tables lint clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
 	$(BIN)/python -m experiments.run --config=experiments/configs/deepseek_r1/quickstart.py $(ARGS)
+
+# A small Hunyuan3D to make meshes of images with: shapes to learn, the VAE, the transformer; each goes on where it was.
+shape-model: $(VENV)/.installed-shape
+	$(BIN)/python -m research.hunyuan3d_2.data.build --out=data/shapes --train=2000 --heldout=200 --workers=2
+	$(BIN)/python -m experiments.run --config=experiments/configs/hunyuan3d_2/vae.py --workdir=runs/vae
+	$(BIN)/python -m experiments.run --config=experiments/configs/hunyuan3d_2/dit.py --workdir=runs/dit
+	@echo "Now: $(BIN)/python -m experiments.shape --image=chair.png --checkpoint=runs/dit --out=chair.glb"
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) $(PYTEST_ARGS)
@@ -64,6 +71,9 @@ $(BIN)/python:
 
 $(VENV)/.installed: setup.cfg | $(BIN)/python
 	$(PIP) -e . && touch $@
+
+$(VENV)/.installed-shape: setup.cfg | $(BIN)/python
+	$(PIP) -e '.[shape]' && touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-dev: setup.cfg | $(BIN)/python
 	$(PIP) -e '.[dev]' && touch $@ $(VENV)/.installed
