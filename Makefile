@@ -53,8 +53,10 @@ kernels-check:
 bench: $(VENV)/.installed-all
 	$(BIN)/python -m experiments.bench $(ARGS)
 
-# The papers' tables at the scale of this machine: under an hour for each paper on two cores. make tables TABLES=minimax_01/cost
-TABLES ?= deepseek_r1/zero $(addprefix minimax_01/,scaling retrieval architecture length cost)
+# The papers' tables at the scale of this machine, each with its own seeds: an hour or two for a paper on two cores, three
+# for REINFORCE++. make tables TABLES=minimax_01/cost
+TABLES ?= deepseek_r1/zero $(addprefix minimax_01/,scaling retrieval architecture length cost) \
+  $(addprefix reinforce_pp/,bias proxy noise comparison overfit knights transfer tools)
 tables: $(VENV)/.installed
 	for table in $(TABLES); do $(BIN)/python -m experiments.table $$table --scale=cpu $(ARGS) || exit 1; done
 

@@ -1,6 +1,6 @@
 """The reproducer: runs the rows of a paper's table at a scale, over seeds, and judges its claims.
 
-    python -m experiments.table deepseek_r1/zero --scale=cpu --seeds=0,1,2
+    python -m experiments.table deepseek_r1/zero --scale=cpu
 
 Finished runs are kept in `--workdir` and not run again; interrupted ones go on where they were saved. The
 result, with the provenance of every run, is written as JSON, Markdown, CSV, LaTeX and a figure to
@@ -23,7 +23,9 @@ from research.core import provenance
 from research.core.checkpoint import CheckpointError
 
 _SCALE = flags.DEFINE_string("scale", "cpu", "Which runs: cpu, gpu or another that the table has.")
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, at least three for a verdict.")
+_SEEDS = flags.DEFINE_list(
+    "seeds", [], "Seeds, at least three for a verdict; by default the table's own."
+)
 _REPORT = flags.DEFINE_bool("report", False, "Only judge what has been run; run nothing.")
 _OUT = flags.DEFINE_string("out", "experiments/results", "Where results are written.")
 
@@ -163,7 +165,7 @@ def main(arguments: list[str]) -> None:
             )
         if not all(seed.isdigit() for seed in _SEEDS.value):
             raise ValueError(f"--seeds={','.join(_SEEDS.value)}: seeds are whole numbers")
-        seeds = sorted({int(seed) for seed in _SEEDS.value})
+        seeds = sorted({int(seed) for seed in _SEEDS.value or table.seeds})
         launcher.setup_from_flags()
         workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/tables/{table.name}/{scale}")
         results, origins = collect(table, scale, seeds, workdir, run=not _REPORT.value)

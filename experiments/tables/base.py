@@ -69,13 +69,14 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """`scales`: the runs at each scale; `figure(results, path)` draws them."""
+    """`scales`: the runs at each scale; `figure(results, path)` draws them; `seeds`: where --seeds names none."""
 
     name: str
     title: str
     scales: Mapping[str, Sequence[Run]]
     claims: Sequence[Claim]
     figure: Callable[[Results, pathlib.Path], None]
+    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 def over_seeds(values: Sequence[float]) -> Interval:

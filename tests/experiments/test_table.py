@@ -64,7 +64,7 @@ class Counting:
             claim("5", "up", lambda results: results["base"][0]["other figure"]),
         ]
         figure = changes.pop("figure", lambda results, path: path.write_bytes(b"PNG"))
-        return Table("paper/table", "A title", {"cpu": rows}, claims, figure)
+        return Table("paper/table", "A title", {"cpu": rows}, claims, figure, **changes)
 
 
 def collected(table, workdir, seeds=(0, 1, 2), run=True):
@@ -219,6 +219,18 @@ def test_intervals_over_seeds():
     many = np.random.default_rng(0).normal(size=400)
     wide = over_seeds(many)
     assert wide.high - wide.low == pytest.approx(2 * 1.96 * many.std() / 20, rel=0.05)
+
+
+@pytest.mark.parametrize("asked, ran", [([], (3, 4)), (["7", "0"], (0, 7))])
+def test_a_table_has_its_own_seeds(tmp_path, monkeypatch, asked, ran):
+    """Those of --seeds, if it names any."""
+    counting = Counting()
+    table = counting.table(seeds=(3, 4))
+    monkeypatch.setattr(launcher, "setup_from_flags", lambda: None)
+    monkeypatch.setattr(reproducer, "load", lambda name: table)
+    with flagsaver.flagsaver(workdir=str(tmp_path), out=str(tmp_path), seeds=asked):
+        reproducer.main(["table", "paper/table"])
+    assert [seed for name, seed in counting.ran if name == "base"] == list(ran)
 
 
 @pytest.mark.parametrize(

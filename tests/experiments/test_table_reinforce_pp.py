@@ -1,6 +1,7 @@
 """REINFORCE++'s tables: rules judge as they say, arms have equal samples, a row runs at a tiny size."""
 
 import dataclasses
+import random
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from research.rewards import RewardConfig
 from research.rl.algorithms import ALGORITHMS
 from research.rl.trainer import EvalConfig
 from research.tasks import TaskConfig, make
+from research.tasks import knights as knights_task
 
 SEEDS = range(5)
 
@@ -271,6 +273,37 @@ def test_comparison_rule_and_figure(tmp_path):
     assert judged("comparison", results)[0] == {"C": "not run"}
 
 
+@pytest.mark.parametrize(
+    "table, title, names, at",
+    [
+        ("knights", "pass@1 by number of people", "34", (3, 4)),
+        ("tools", "pass@1 by the number of calls that it takes", "1234", (1, 2, 3, 4)),
+        ("transfer", "pass@1: 0 in distribution, 1 harder, 2 hardest", tuple(transfer._SMALL), (0, 1, 2)),
+    ],
+)  # fmt: skip
+def test_figures_show_examinations_at_the_shared_rate(table, title, names, at, monkeypatch):
+    def run(add):
+        return examined(**{name: x / 10 + add for x, name in enumerate(names)}, validation=0.0)
+
+    results = {
+        "base": {0: run(0.0)},
+        "grpo": {s: arm(run(0.5 + s / 100), run(0.9)) for s in (0, 1)},
+    }
+    drawn = {}
+    monkeypatch.setattr(arms.plots, "curves", lambda path, panels, **_: drawn.update(panels))
+    TABLES[table].figure(results, "somewhere")
+    rates = [x / 10 for x in range(len(names))]
+    assert drawn == {
+        title: {
+            "grpo": [
+                list(zip(at, (x + 0.5 + s / 100 for x in rates), strict=True)) for s in (0, 1)
+            ],
+            "base": [list(zip(at, rates, strict=True))],
+        },
+        "pass@1 on training problems by rollout": {"grpo": [[(1, 0.5)]] * 2},
+    }
+
+
 # What is compared.
 
 
@@ -312,6 +345,19 @@ def test_arms_differ_in_the_estimator_alone(table):
             make(task).problem("test", plan.problems - 1)  # there are so many
 
 
+def test_knights_are_tested_beyond_the_sizes_of_training():
+    for scale, (low, high) in knights.TRAINED.items():
+        assert set(range(low, high + 1)) <= set(knights.TESTED[scale])
+        assert high < sorted(knights.TESTED[scale])[-2]  # the two largest
+    plan = knights.PLANS["cpu"]
+    rollout = plan.config("grpo", 0).rollout
+    task = make(plan.tests["6"])
+    for problem in (task.problem("test", i) for i in range(plan.problems)):
+        assert len(problem.question.split()) <= rollout.max_prompt
+        worked = knights_data._response(problem.data, "worked", random.Random(0))
+        assert len(worked.split()) <= rollout.max_new_tokens
+
+
 @pytest.mark.parametrize("estimator", ["reinforce_pp", "reinforce_pp_baseline", "ppo"])
 def test_configs_for_a_gpu(estimator):
     for module in (countdown, knights_config, tools_config):
@@ -333,19 +379,50 @@ def test_gpu_rows_ask_for_a_model(name, tmp_path):
 
 
 def test_knights_examples():
-    task = make(TaskConfig("knights", options=("terse=True",), max_difficulty=3))
-    pairs = knights_data.examples(task, 200, seed=0, guesses=0.5)
+    """What is thought of a number of knights is true, and who thinks it through is right."""
+    task = make(
+        TaskConfig("knights", options=("terse=True", f"kinds={bases.KINDS}"), max_difficulty=4)
+    )
+    pairs = knights_data.examples(task, 600, seed=0)
     tokenizer = Tokenizer.words(knights_data.WORDS, pad=base_data.PAD, eos=base_data.END)
     (first, *_) = bases._tokenized(tokenizer, pairs[:1])
     assert first["loss_mask"].sum() == len(pairs[0][1].split()) and first["loss_mask"][-1] == 1
-    right = []
+    right = {"worked": [], "hasty": [], "guess": []}
     for i, (question, response) in enumerate(pairs):
         problem = task.problem("train", 1_000_000 + i)
         assert problem.question == question
-        before, answer, after = response.partition("<answer>")[2].partition("</answer>")
-        right.append(task.verify(problem, before))
+        thoughts, _, rest = response.removeprefix("<think> ").partition("</think> <answer> ")
+        answer, _, after = rest.partition(" </answer>")
         assert after == " $"
-    assert 0.5 < np.mean(right) < 0.75  # half of them, and the guesses that happen to be right
+        tried, roles = [], None
+        for thought in thoughts.split(" . ")[:-1]:
+            number, _, found = thought.partition(" : ")
+            roles, _, knights_found = found.rpartition(" ")
+            assert roles.split()[::2] == problem.data["names"]
+            assert roles.split().count("knight") == int(knights_found)
+            # Somebody is called a knight just if the statement holds among that many knights.
+            world = (1 << int(number)) - 1
+            for role, statement in zip(
+                roles.split()[1::2], problem.data["statements"], strict=True
+            ):
+                truth = knights_task._truth(statement, len(problem.data["names"])) >> world & 1
+                assert role == ("knight" if truth else "knave")
+            tried.append((int(number), int(knights_found)))
+        assert roles in (None, answer)
+        if not tried:
+            way = "guess"
+        elif tried[0][0] == 0 and [n == found for n, found in tried] == [False] * (
+            len(tried) - 1
+        ) + [True]:
+            way = "worked"  # or a hasty one in luck
+            assert [n for n, _ in tried] == list(range(len(tried)))
+        else:
+            way = "hasty"
+            assert len(tried) == 1
+        right[way].append(task.verify(problem, answer))
+    assert np.mean(right["worked"]) == 1 and 0.05 < np.mean(right["guess"]) < 0.3
+    shares = {way: len(found) / len(pairs) for way, found in right.items()}
+    assert shares == pytest.approx(knights_data.MIXTURE, abs=0.07)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import table as reproducer
-from experiments.tables.reinforce_pp import noise, proxy
+from experiments.tables.reinforce_pp import gold, noise, proxy
 from research.core.loop import LoopConfig
 from research.lm.config import DecoderConfig
 from research.lm.decoder import Decoder
@@ -171,9 +171,9 @@ def test_noise_becomes_advantages_of_order_one_under_a_local_deviation_alone():
 
 def tiny():
     policy = study.base_config(0, width=16, layers=1, steps=24)
-    training = dataclasses.replace(proxy.SCALES["cpu"].proxy, loop=LoopConfig(steps=12))
+    training = dataclasses.replace(gold.SCALES["cpu"].proxy, loop=LoopConfig(steps=12))
     base = dataclasses.replace(
-        proxy.SCALES["cpu"], base=policy, proxy=training, samples=16, steps=4, every=2, judged=8,
+        gold.SCALES["cpu"], base=policy, proxy=training, samples=16, steps=4, every=2, judged=8,
         pairs=64, rates=(1e-3, 2e-3),
     )  # fmt: skip
     return {
@@ -220,14 +220,14 @@ def test_the_best_rate_ends_with_the_highest_gold_on_another_seed(tmp_path, monk
     monkeypatch.setattr(proxy, "train", train)
     monkeypatch.setattr(proxy, "prepare", prepare)
     for _ in range(2):  # the second time it is known
-        assert proxy.best_rate(proxy.SCALES["cpu"], "rpp", tmp_path) == 1e-3
+        assert proxy.best_rate(gold.SCALES["cpu"], "rpp", tmp_path) == 1e-3
     assert seeds == [proxy.TUNING_SEED] * 3
 
 
 @pytest.mark.parametrize("scale", ["cpu", "gpu"])
 def test_every_scale_can_be_configured(scale, tmp_path):
     """Samples are equal for all arms, and every one is a configuration that is accepted."""
-    settings = proxy.SCALES[scale]
+    settings = gold.SCALES[scale]
     for arm, (_, group, greedy) in proxy.ARMS.items():
         config = proxy.config_of(settings, arm, 1e-4, 0, tmp_path, settings.steps).resolved()
         assert config.rollout.prompts * (group + greedy) == settings.samples

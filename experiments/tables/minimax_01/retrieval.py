@@ -160,5 +160,6 @@ TABLE = Table(
             _hybrid_keeps_up,
         ),
     ],
+    seeds=(0, 1, 2, 3, 4),
     figure=figure,
 )

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import plots
 from experiments.tables.base import Interval, Results, Run, Status, Verdict, over_seeds
 from research.core import loop, metrics
 from research.core import mesh as meshes
@@ -252,3 +253,30 @@ def curves(
         for arm in arms
         if results.get(arm)
     }
+
+
+def figure(
+    results: Results,
+    path: pathlib.Path,
+    arms: Sequence[str],
+    *,
+    title: str,
+    xlabel: str,
+    points: Callable[[Mapping[str, Any]], list[tuple[float, float]]],
+) -> None:
+    """What the arms at the shared rate and the base models do in examinations, beside their learning curves.
+
+    points: of the figures of a run; title and xlabel: of their panel.
+    """
+    examined = {
+        arm: [points(chosen(figures, "shared")) for figures in results[arm].values()]
+        for arm in arms
+        if results.get(arm)
+    }
+    if results.get("base"):
+        examined["base"] = [points(figures) for figures in results["base"].values()]
+    panels = {
+        title: examined,
+        "pass@1 on training problems by rollout": curves(results, arms, "pass@1"),
+    }
+    plots.curves(path, panels, xlabel=f"{xlabel}, or rollout", smooth=1)

@@ -30,6 +30,7 @@ _BASES = flags.DEFINE_string(
 
 
 Examples = list[dict[str, np.ndarray]]
+ROW = 128  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +54,14 @@ def _arithmetic(tokenizer: Tokenizer, seed: int) -> Examples:
 
 
 def _knights(tokenizer: Tokenizer, seed: int) -> Examples:
-    task = make("knights", min_difficulty=2, max_difficulty=6, terse=True, kinds=KINDS)
-    return _tokenized(tokenizer, knights_data.examples(task, 12_000, seed, guesses=0.5))
+    task = make("knights", min_difficulty=3, max_difficulty=6, terse=True, kinds=KINDS)
+    examples = _tokenized(tokenizer, knights_data.examples(task, 16_000, seed))
+    return [example for example in examples if len(example["tokens"]) <= ROW]
 
 
 def _tools(tokenizer: Tokenizer, seed: int) -> Examples:
     task = make("tool_arithmetic", min_difficulty=1, max_difficulty=3, seed=1_000_000 + seed)
-    return tool_data.examples(tokenizer, task, textbook=9_000, noise=14_000, seed=seed)
+    return tool_data.examples(tokenizer, task, textbook=15_000, noise=8_000, seed=seed)
 
 
 def _tokenized(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> Examples:
@@ -78,13 +80,11 @@ def _words(words: tuple[str, ...]) -> Callable[[], Tokenizer]:
     return lambda: Tokenizer.words(words, pad=base_data.PAD, eos=base_data.END)
 
 
-KINDS = ("is", "not", "and", "or", "iff", "if")  # of the statements in `knights`: none that count
+KINDS = tuple(knights_data.SAYS)  # of the statements in `knights`
 BASES = {
     "arithmetic": Base(_words(base_data.WORDS), _arithmetic, steps=340),
-    "knights": Base(_words(knights_data.WORDS), _knights, steps=500),
-    "tools": Base(
-        tool_data.tokenizer, _tools, steps=400, width=128, layers=3, head_dim=32, rate=3e-3
-    ),
+    "knights": Base(_words(knights_data.WORDS), _knights, steps=600),
+    "tools": Base(tool_data.tokenizer, _tools, steps=500),
 }
 
 
@@ -114,7 +114,7 @@ def configured(base: Base, tokenizer: Tokenizer, seed: int) -> lm.Config:
         seed=seed,
         mesh="data=1",  # the same base model on any machine
         model=model,
-        data=DataConfig(seq_len=128, batch_size=12, shuffle=False),
+        data=DataConfig(seq_len=ROW, batch_size=12, shuffle=False),
         optim=OptimConfig(
             lr=base.rate, b2=0.98, weight_decay=0.01,
             schedule="cosine", warmup_steps=min(30, base.steps // 2), final_fraction=0.3,

@@ -214,4 +214,5 @@ TABLE = Table(
         ),
     ],
     figure=_figure,
+    seeds=(0, 1, 2, 3, 4),
 )  # fmt: skip

@@ -188,4 +188,5 @@ TABLE = Table(
         )
     ],
     figure=figure,
+    seeds=(0, 1, 2, 3, 4),
 )  # fmt: skip

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments import plots  # noqa: F401  (it sets up matplotlib without a display)
+from experiments.plots import plt
 from experiments.tables.base import (
     Claim,
     Interval,
@@ -25,17 +24,12 @@ from experiments.tables.base import (
     over_seeds,
     verdict,
 )
-from experiments.tables.reinforce_pp import proxy
-from research.core import loop, metrics
-from research.core.loop import LoopConfig
-from research.core.optim import OptimConfig
+from experiments.tables.reinforce_pp import gold
 from research.lm import checkpoints
 from research.reinforce_pp import over_optimisation as study
 from research.rl import advantages
 from research.rl import trainer as rl
 from research.rl.advantages import AdvantageConfig
-from research.rl.losses import LossConfig
-from research.rl.trainer import EvalConfig, RolloutConfig
 from research.rl.whitening import Whitening
 
 SIGMA = 1e-3
@@ -49,7 +43,7 @@ class Settings:
     of `prompts` prompts of a rollout; measured: prompts of the rollout that advantages are measured on.
     """
 
-    base: proxy.Settings
+    base: gold.Settings
     first: int
     steps: int
     prompts: int
@@ -60,72 +54,41 @@ class Settings:
 
 
 SCALES = {
-    "cpu": Settings(proxy.SCALES["cpu"], first=40, steps=40, prompts=16, group=8, rate=2e-3),
+    "cpu": Settings(gold.SCALES["cpu"], first=40, steps=40, prompts=16, group=8, rate=2e-3),
     "gpu": Settings(
-        proxy.SCALES["gpu"], first=200, steps=200, prompts=64, group=16, rate=1e-6, measured=256, every=20
+        gold.SCALES["gpu"], first=200, steps=200, prompts=64, group=16, rate=1e-6, measured=256, every=20
     ),
 }  # fmt: skip
 
 
 def config_of(s: Settings, estimator: str, seed: int, steps: int) -> rl.Config:
-    b = s.base
-    return rl.Config(
-        seed=seed,
-        dtype=b.dtype,
-        scan_layers=b.base is None,
-        rollout=RolloutConfig(
-            prompts=s.prompts,
-            group_size=s.group,
-            max_prompt=b.max_prompt,
-            max_new_tokens=b.max_new_tokens,
-        ),
-        estimator=estimator,
-        loss=LossConfig(kl_coef=0.0),
-        reference_every=0,
-        micro_rows=b.micro_rows,
-        optim=OptimConfig(name="adam", lr=s.rate, b2=0.95),
-        eval=EvalConfig(problems=0),
-        save_samples_every=0,
-        loop=LoopConfig(steps=steps, eval_every=s.every, checkpoint_every=steps),
-    )
+    return gold.run_of(
+        s.base, estimator, seed, prompts=s.prompts, group=s.group, rate=s.rate, kl_coef=0.0, steps=steps, every=s.every
+    )  # fmt: skip
 
 
 def trained(s: Settings, estimator: str, noise: float, seed: int, directory, base, steps: int):
     """(parameters after training, figures at every evaluation, metrics)"""
-    model, params, tokenizer = base
-    task = proxy.task_of(s.base, seed)
-    judge = judge_of(s, seed, base)
-    config = config_of(s, estimator, seed, steps)
-    rewarder = study.GoldRewarder(task, graded=False, noise=noise)
-    trainer = rl.build(
-        config, directory, model=model, params=params, tokenizer=tokenizer, rewarder=rewarder
-    )
-    trainer = dataclasses.replace(trainer, evaluate=lambda state: judge(state.params))
+    config, judge = config_of(s, estimator, seed, steps), judge_of(s, seed, base)
+    rewarder = study.GoldRewarder(gold.task_of(s.base, seed), graded=False, noise=noise)
     name = f"{estimator} {noise:g} seed {seed}"
-    state = loop.run(trainer, config.loop, directory, fingerprint_of=config, name=name)
-    history = metrics.read(directory / "metrics.jsonl")
-    curve = [
-        {"step": r["step"]} | {k[5:]: round(v, 5) for k, v in r.items() if k.startswith("eval/")}
-        for r in history
-        if "eval/gold" in r
-    ]
-    return state.params, curve, history
+    return gold.judged(config, directory, base, judge, rewarder, name)
 
 
 def judge_of(s: Settings, seed: int, base) -> study.Judge:
     model, params, tokenizer = base
-    task = proxy.task_of(s.base, seed)
-    actor = proxy.actor_of(s.base, model, tokenizer, task)
+    task = gold.task_of(s.base, seed)
+    actor = gold.actor_of(s.base, model, tokenizer, task)
     return study.Judge(model, actor, task, params, None, problems=s.base.judged, seed=seed)
 
 
 def policy(s: Settings, seed: int, directory: pathlib.Path, results: Any) -> dict[str, Any]:
     """Trains the policy, and measures the advantages that a rollout of it gets."""
     del results
-    base = model, _, tokenizer = proxy.base_of(s.base, seed, directory)
+    base = model, _, tokenizer = gold.base_of(s.base, seed, directory)
     params, curve, _ = trained(s, LOCAL, 0.0, seed, directory / "trained", base, s.first)
-    task = proxy.task_of(s.base, seed)
-    actor = proxy.actor_of(s.base, model, tokenizer, task)
+    task = gold.task_of(s.base, seed)
+    actor = gold.actor_of(s.base, model, tokenizer, task)
     problems = [task.problem("train", 10**6 + i) for i in range(s.measured)]
     key = jax.random.key(seed)
     episodes = actor(
@@ -188,10 +151,8 @@ def further(
     return {
         "base": results["policy"]["figures"],
         "curve": curve,
-        **{
-            name: float(np.mean([r[key] for r in history if r.get(key) is not None]))
-            for name, key in (("abs_advantage", "advantages/abs"), ("grad_norm", "grad_norm"))
-        },
+        "abs_advantage": gold.mean_of(history, "advantages/abs"),
+        "grad_norm": gold.mean_of(history, "grad_norm"),
     }
 
 
@@ -223,13 +184,13 @@ def _amplifies(results: Results) -> Verdict:
 def _harms(results: Results) -> Verdict:
     def lost(name: str, key: str) -> Interval:
         clean, noisy = results[f"{name}-clean"], results[f"{name}-noisy"]
-        return over_seeds([proxy.late(clean[s], key) - proxy.late(noisy[s], key) for s in clean])
+        return over_seeds([gold.late(clean[s], key) - gold.late(noisy[s], key) for s in clean])
 
     names = (LOCAL, GLOBAL)
     excess = over_seeds(
         [
             sum(
-                sign * proxy.late(results[f"{name}-{kind}"][s], "right")
+                sign * gold.late(results[f"{name}-{kind}"][s], "right")
                 for name, kind, sign in (
                     (LOCAL, "clean", 1), (LOCAL, "noisy", -1), (GLOBAL, "clean", -1), (GLOBAL, "noisy", 1),
                 )
@@ -240,7 +201,7 @@ def _harms(results: Results) -> Verdict:
     numbers = {f"{name}: right, lost to noise": lost(name, "right") for name in names}
     numbers |= {f"{name}: KL, clean - noisy": lost(name, "kl") for name in names}
     numbers |= {
-        f"{arm}: right": over_seeds([proxy.late(f, "right") for f in results[arm].values()])
+        f"{arm}: right": over_seeds([gold.late(f, "right") for f in results[arm].values()])
         for arm in ARMS
     }
     numbers["more lost by the local one"] = excess
@@ -310,4 +271,5 @@ TABLE = Table(
         ),
     ],
     figure=figure,
+    seeds=(0, 1, 2, 3, 4),
 )

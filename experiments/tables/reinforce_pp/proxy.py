@@ -14,11 +14,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
-from absl import flags
 
-from experiments import plots  # noqa: F401  (it sets up matplotlib without a display)
+from experiments.plots import plt
 from experiments.tables.base import (
     Claim,
     Interval,
@@ -29,17 +27,10 @@ from experiments.tables.base import (
     over_seeds,
     verdict,
 )
-from research.core import loop, metrics
-from research.core.data import DataConfig
-from research.core.loop import LoopConfig
-from research.core.optim import OptimConfig
-from research.lm import checkpoints, reward_model
-from research.lm import trainer as lm
+from experiments.tables.reinforce_pp import gold
 from research.reinforce_pp import over_optimisation as study
 from research.rl import trainer as rl
-from research.rl.losses import LossConfig
 from research.rl.reward_model import RewardModelConfig
-from research.rl.trainer import EvalConfig, RolloutConfig
 
 ARMS = {  # arm → (estimator, responses to a prompt, and greedy ones)
     "rpp": ("reinforce_pp", 1, 0),
@@ -50,98 +41,12 @@ ARMS = {  # arm → (estimator, responses to a prompt, and greedy ones)
 TUNING_SEED = 1000  # of the runs that choose rates
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Settings:
-    """base: of the policy, None: the directory of --init_from. `samples` responses per step, `steps` of them, judged
-    every `every` on `judged` held-out requests. pairs: for the reward model, before ties are dropped; `flip`: share of
-    them labelled the wrong way round. rate: of `equal`; rates: those that `tuned` chooses from.
-    """
-
-    base: lm.Config | None
-    proxy: reward_model.Config
-    task: Mapping[str, Any]
-    samples: int
-    steps: int
-    every: int
-    judged: int
-    pairs: int
-    flip: float
-    rate: float
-    rates: tuple[float, ...]
-    beta: float = 0.01
-    max_prompt: int = 7
-    max_new_tokens: int = 20
-    micro_rows: int = 8
-    dtype: str = "float32"
-
-
-NOUNS = tuple(
-    "apple river stone cloud tiger bread music window garden silver train ocean candle forest paper winter bridge "
-    "lemon horse mirror basket island thunder button".split()
-)
-SCALES = {
-    "cpu": Settings(
-        base=study.base_config(0),
-        proxy=reward_model.Config(
-            data=DataConfig(seq_len=32, batch_size=32, pack="none", overlong="drop"),
-            optim=OptimConfig(lr=3e-3, schedule="cosine", warmup_steps=10),
-            loop=LoopConfig(steps=250, log_every=50),
-        ),
-        task={},
-        samples=128, steps=40, every=4, judged=128, pairs=4000, flip=0.15, rate=1e-3, rates=(3e-4, 1e-3, 3e-3),
-    ),
-    "gpu": Settings(
-        base=None,
-        proxy=reward_model.Config(
-            dtype="bfloat16",
-            data=DataConfig(seq_len=256, batch_size=64, pack="none", overlong="drop"),
-            micro_rows=16,
-            optim=OptimConfig(lr=6e-6, schedule="cosine", warmup_steps=10),
-            loop=LoopConfig(steps=200),
-        ),
-        task={
-            "vocabulary": NOUNS, "waste": 0.02,
-            "question": "Write one short sentence that uses each of these words once: {words}.\nSentence:",
-        },
-        samples=1024, steps=200, every=10, judged=256, pairs=16_000, flip=0.25, rate=1e-6,
-        rates=(5e-7, 1e-6, 2e-6), max_prompt=96, max_new_tokens=128, dtype="bfloat16",
-    ),
-}  # fmt: skip
-
-
-def task_of(s: Settings, seed: int) -> study.Requests:
-    return study.Requests(seed=seed, test_size=s.judged, **s.task)
-
-
-def base_of(s: Settings, seed: int, directory: pathlib.Path):
-    """(model, parameters, tokenizer) of a seed's base policy, whose run is `directory`."""
-    if s.base is None:
-        if not flags.FLAGS.init_from:
-            raise ValueError("scale gpu needs --init_from=DIRECTORY, of a Hugging Face model")
-        return checkpoints.load(flags.FLAGS.init_from)
-    config = dataclasses.replace(
-        s.base, seed=seed, data=dataclasses.replace(s.base.data, seed=seed)
-    )
-    return study.train_base(config, task_of(s, seed), directory / "policy")
-
-
-def actor_of(s: Settings, model, tokenizer, task: study.Requests):
-    return study.make_actor(
-        model,
-        tokenizer,
-        study.GoldRewarder(task),
-        slots=2 * s.judged,
-        max_prompt=s.max_prompt,
-        max_new_tokens=s.max_new_tokens,
-    )
-
-
-def prepare(s: Settings, seed: int, directory: pathlib.Path, results: Any) -> dict[str, Any]:
+def prepare(s: gold.Settings, seed: int, directory: pathlib.Path, results: Any) -> dict[str, Any]:
     """The base policy and its reward model."""
     del results
-    task, base = task_of(s, seed), base_of(s, seed, directory)
+    task, base = gold.task_of(s, seed), gold.base_of(s, seed, directory)
     model, params, tokenizer = base
-    actor = actor_of(s, model, tokenizer, task)
+    actor = gold.actor_of(s, model, tokenizer, task)
     drawn = [
         study.scored_samples(
             actor, params, task, problems=n, samples=2, first=first, seed=seed + first
@@ -165,11 +70,11 @@ def prepare(s: Settings, seed: int, directory: pathlib.Path, results: Any) -> di
 
 
 @functools.lru_cache(maxsize=2)  # the arms of a seed share one, and its compiled programs
-def judge_of(s: Settings, seed: int, prepared: pathlib.Path) -> tuple[Any, study.Judge]:
+def judge_of(s: gold.Settings, seed: int, prepared: pathlib.Path) -> tuple[Any, study.Judge]:
     """(base, judge)"""
-    base = model, params, tokenizer = base_of(s, seed, prepared)
-    task = task_of(s, seed)
-    actor, proxy = actor_of(s, model, tokenizer, task), proxy_of(prepared)
+    base = model, params, tokenizer = gold.base_of(s, seed, prepared)
+    task = gold.task_of(s, seed)
+    actor, proxy = gold.actor_of(s, model, tokenizer, task), proxy_of(prepared)
     return base, study.Judge(model, actor, task, params, proxy, problems=s.judged, seed=seed)
 
 
@@ -178,77 +83,49 @@ def proxy_of(prepared: pathlib.Path) -> RewardModelConfig:
 
 
 def config_of(
-    s: Settings, arm: str, rate: float, seed: int, prepared: pathlib.Path, steps: int
+    s: gold.Settings, arm: str, rate: float, seed: int, prepared: pathlib.Path, steps: int
 ) -> rl.Config:
     estimator, group, greedy = ARMS[arm]
-    return rl.Config(
-        seed=seed,
-        mesh="data=-1",
-        dtype=s.dtype,
-        scan_layers=s.base is None,
-        reward_model=proxy_of(prepared),
-        rollout=RolloutConfig(
-            prompts=s.samples // (group + greedy),
-            group_size=group,
-            max_prompt=s.max_prompt,
-            max_new_tokens=s.max_new_tokens,
-        ),
-        estimator=estimator,
-        loss=LossConfig(kl_coef=s.beta),
-        reference_every=0,
-        micro_rows=s.micro_rows,
-        optim=OptimConfig(name="adam", lr=rate, b2=0.95),
-        eval=EvalConfig(problems=0),
-        save_samples_every=0,
-        loop=LoopConfig(steps=steps, eval_every=s.every, checkpoint_every=steps),
-    )
+    config = gold.run_of(
+        s, estimator, seed, prompts=s.samples // (group + greedy), group=group, rate=rate, kl_coef=s.beta, steps=steps,
+        every=s.every,
+    )  # fmt: skip
+    return dataclasses.replace(config, reward_model=proxy_of(prepared))
 
 
 def train(
-    s: Settings, arm: str, rate: float, seed: int, directory: pathlib.Path, prepared: pathlib.Path
+    s: gold.Settings,
+    arm: str,
+    rate: float,
+    seed: int,
+    directory: pathlib.Path,
+    prepared: pathlib.Path,
 ) -> dict[str, Any]:
     """Figures at every evaluation, and of training."""
-    (model, params, tokenizer), judge = judge_of(s, seed, prepared)
+    base, judge = judge_of(s, seed, prepared)
     config = config_of(s, arm, rate, seed, prepared, s.steps)
-    rewarder = study.GoldRewarder(task_of(s, seed))
-    trainer = rl.build(
-        config, directory, model=model, params=params, tokenizer=tokenizer, rewarder=rewarder
-    )
-    trainer = dataclasses.replace(trainer, evaluate=lambda state: judge(state.params))
-    loop.run(
-        trainer, config.loop, directory, fingerprint_of=config, name=f"{arm} {rate:g} seed {seed}"
-    )
-    history = metrics.read(directory / "metrics.jsonl")
+    rewarder = study.GoldRewarder(gold.task_of(s, seed))
+    name = f"{arm} {rate:g} seed {seed}"
+    _, curve, history = gold.judged(config, directory, base, judge, rewarder, name)
     return {
         "rate": rate,
-        "curve": [
-            {"step": r["step"]}
-            | {k[5:]: round(v, 5) for k, v in r.items() if k.startswith("eval/")}
-            for r in history
-            if "eval/gold" in r
-        ],
-        **{
-            name: float(np.mean([r[key] for r in history if r.get(key) is not None]))
-            for name, key in (
-                ("abs_advantage", "advantages/abs"),
-                ("grad_norm", "grad_norm"),
-                ("entropy", "entropy"),
-                ("sampled_length", "rollout/length"),
-            )
-        },
-        **{
-            name: float(np.mean([r.get(key) or 0.0 for r in history]))
-            for name, key in (("clipped", "clip_frac"), ("zero_std", "rollout/zero_std"))
-        },
+        "curve": curve,
+        "abs_advantage": gold.mean_of(history, "advantages/abs"),
+        "grad_norm": gold.mean_of(history, "grad_norm"),
+        "entropy": gold.mean_of(history, "entropy"),
+        "sampled_length": gold.mean_of(history, "rollout/length"),
+        # Where they are not logged, they are 0.
+        "clipped": float(np.mean([r.get("clip_frac") or 0.0 for r in history])),
+        "zero_std": float(np.mean([r.get("rollout/zero_std") or 0.0 for r in history])),
     }
 
 
-def equal(s: Settings, arm: str, seed: int, directory: pathlib.Path, results: Any) -> dict:
+def equal(s: gold.Settings, arm: str, seed: int, directory: pathlib.Path, results: Any) -> dict:
     prepared = directory.parent.parent / "base" / directory.name
     return {"base": results["base"]["figures"]} | train(s, arm, s.rate, seed, directory, prepared)
 
 
-def tuned(s: Settings, arm: str, seed: int, directory: pathlib.Path, results: Any) -> dict:
+def tuned(s: gold.Settings, arm: str, seed: int, directory: pathlib.Path, results: Any) -> dict:
     """The rate is chosen once, by runs on a base and a reward model of another seed."""
     prepared = directory.parent.parent / "base" / directory.name
     rate = best_rate(s, arm, directory.parent.parent / "tuning")
@@ -260,7 +137,7 @@ def tuned(s: Settings, arm: str, seed: int, directory: pathlib.Path, results: An
     return {"base": results["base"]["figures"]} | train(s, arm, rate, seed, directory, prepared)
 
 
-def best_rate(s: Settings, arm: str, directory: pathlib.Path) -> float:
+def best_rate(s: gold.Settings, arm: str, directory: pathlib.Path) -> float:
     """Of `rates`, the one with the highest gold score, mean over the last three evaluations."""
     chosen = directory / f"{arm}.json"
     if chosen.exists():
@@ -272,7 +149,7 @@ def best_rate(s: Settings, arm: str, directory: pathlib.Path) -> float:
     ends = {}
     for rate in s.rates:
         figures = train(s, arm, rate, TUNING_SEED, directory / f"{arm}-{rate:g}", prepared)
-        ends[rate] = late(figures, "gold")
+        ends[rate] = gold.late(figures, "gold")
     best = max(ends, key=ends.get)
     chosen.write_text(
         json.dumps({"rate": best, "gold": {f"{k:g}": v for k, v in ends.items()}}) + "\n"
@@ -281,11 +158,6 @@ def best_rate(s: Settings, arm: str, directory: pathlib.Path) -> float:
 
 
 # Verdicts.
-
-
-def late(figures: Mapping[str, Any], key: str) -> float:
-    """Mean over the last three evaluations."""
-    return float(np.mean([point[key] for point in figures["curve"][-3:]]))
 
 
 def path_of(figures: Mapping[str, Any]) -> list[Mapping[str, float]]:
@@ -307,16 +179,16 @@ def in_both(judge, results: Results) -> Verdict:
 
 
 def _as_good(results: Results, how: str) -> Verdict:
-    gold = gap(results, f"rpp-{how}", f"grpo-{how}", lambda f: late(f, "gold"))
-    tokens = gap(results, f"rpp-{how}", f"grpo-{how}", lambda f: late(f, "length"))
+    score = gap(results, f"rpp-{how}", f"grpo-{how}", lambda f: gold.late(f, "gold"))
+    tokens = gap(results, f"rpp-{how}", f"grpo-{how}", lambda f: gold.late(f, "length"))
     levels = {
-        f"{arm} gold": over_seeds([late(f, "gold") for f in results[f"{arm}-{how}"].values()])
+        f"{arm} gold": over_seeds([gold.late(f, "gold") for f in results[f"{arm}-{how}"].values()])
         for arm in ("rpp", "grpo")
     }
     return verdict(
-        gold.low > -0.05 and tokens.high < 0,
-        gold.high < -0.05 or tokens.low > 0,
-        {**levels, "gold, rpp - grpo": gold, "tokens, rpp - grpo": tokens},
+        score.low > -0.05 and tokens.high < 0,
+        score.high < -0.05 or tokens.low > 0,
+        {**levels, "gold, rpp - grpo": score, "tokens, rpp - grpo": tokens},
     )
 
 
@@ -337,7 +209,7 @@ def _frontier(results: Results, how: str) -> Verdict:
 
 def _per_token(results: Results, how: str) -> Verdict:
     def read(figures):
-        return late(figures, "gold") / late(figures, "length")
+        return gold.late(figures, "gold") / gold.late(figures, "length")
 
     levels = {
         f"{arm}, per token": over_seeds([read(f) for f in results[f"{arm}-{how}"].values()])
@@ -373,8 +245,8 @@ def _over_optimised(results: Results) -> Verdict:
     for seed, figures in results["grpo-equal"].items():
         del seed
         golds = [point["gold"] for point in path_of(figures)]
-        gains.append(late(figures, "proxy") - figures["base"]["proxy"])
-        falls.append(max(golds) - late(figures, "gold"))
+        gains.append(gold.late(figures, "proxy") - figures["base"]["proxy"])
+        falls.append(max(golds) - gold.late(figures, "gold"))
     numbers["proxy gained"] = over_seeds(gains)
     numbers["gold, best less last"] = over_seeds(falls)
     return verdict(
@@ -419,7 +291,7 @@ def _runs(*arms: str) -> tuple[str, ...]:
     return tuple(f"{arm}-{how}" for how in ("equal", "tuned") for arm in arms)
 
 
-def runs(s: Settings) -> Sequence[Run]:
+def runs(s: gold.Settings) -> Sequence[Run]:
     return [
         Run("base", functools.partial(prepare, s)),
         *(Run(f"{arm}-equal", functools.partial(equal, s, arm), ("base",)) for arm in ARMS),
@@ -433,7 +305,7 @@ def runs(s: Settings) -> Sequence[Run]:
 TABLE = Table(
     name="reinforce_pp/proxy",
     title="REINFORCE++: gold against proxy reward (Table 1, Figure 2)",
-    scales={scale: runs(s) for scale, s in SCALES.items()},
+    scales={scale: runs(s) for scale, s in gold.SCALES.items()},
     claims=[
         Claim(
             "T1-0",
@@ -482,4 +354,5 @@ TABLE = Table(
         ),
     ],
     figure=figure,
+    seeds=(0, 1, 2, 3, 4),
 )  # fmt: skip
