@@ -3,8 +3,9 @@
     python -m experiments.bench [--only=sampling,grpo,ppo,updates,data,hybrid] [--out=experiments/results/bench]
 
 All is measured on the CPU, each benchmark in a process of its own (minutes, on two idle cores). The figures and what
-they depended on go to <out>/cpu.json. A benchmark that fails, or whose two sides did unlike work, is named below the
-table and makes the command fail; a rival that is not installed is "not run".
+they depended on go to <out>/cpu.json, and the rows as README.md shows them to <out>/cpu.md. A benchmark that fails, or
+whose two sides did unlike work, is named below the table and makes the command fail; a rival that is not installed is
+"not run".
 """
 
 import argparse
@@ -82,6 +83,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "cpu.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
+    path.with_suffix(".md").write_text(measure.markdown(rows) + "\n")
     print(f"{record['seconds']:.0f} s; {path}")
     sys.exit(bool(failed))
 

@@ -160,6 +160,16 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def markdown(rows: Sequence[Row]) -> str:
+    """What README.md shows of the rows: ours, the rival, the ratio."""
+    lines = ["| two CPU cores | ours | rival | ratio |", "|---|---|---|---|"]
+    for r in rows:
+        rival = r.rival_name if r.rival is None else f"{_number(r.rival)} ({r.rival_name})"
+        ratio = "-" if r.ratio is None else f"{r.ratio:.2f}x"
+        lines.append(f"| {r.what}, {r.unit} | {_number(r.ours)} | {rival} | {ratio} |")
+    return "\n".join(lines)
+
+
 def command(rows: Callable[..., list[Row]], description: str) -> None:
     """The command line of a benchmark: --rounds, and --json to write the rows to."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])

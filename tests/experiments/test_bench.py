@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import pathlib
 
 import pytest
 
@@ -53,6 +54,14 @@ def test_a_rival_that_is_not_installed_is_not_a_pass():
     r = row(rival=None, rival_work=None, rival_name=reason)
     assert r.reached is None and r.ratio is None
     assert "not run: no_such_package" in measure.table([r]).splitlines()[1]
+
+
+def test_the_front_page_shows_what_was_measured():
+    root = pathlib.Path(__file__).parents[2]
+    record = root / "experiments" / "results" / "bench" / "cpu.json"
+    _, _, *lines = measure.markdown(measure.read(record)).splitlines()
+    shown = (root / "README.md").read_text().splitlines()
+    assert len(lines) >= 8 and [line for line in lines if line not in shown] == []
 
 
 def test_sides_take_turns_and_warm_up_is_not_timed():
