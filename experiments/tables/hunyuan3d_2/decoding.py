@@ -175,7 +175,7 @@ TABLE = Table(
         Claim(
             "H-1",
             "A hierarchical grid is the dense one where it is evaluated, and has the same inside",
-            "decoding near the surface only is said to lose nothing (FlashVDM; no number)",
+            "nothing is lost (FlashVDM, arXiv:2503.16302; no number)",
             "In no shape and seed does the field differ by 1e-5 at evaluated points, and the IoU of its inside with "
             "the dense grid's is at least 0.999 (lower bound); refuted if one differs so, or the upper bound is below.",
             ("grids",),
@@ -193,7 +193,7 @@ TABLE = Table(
         Claim(
             "H-3",
             "Attending to a third of the tokens costs less than half a point",
-            "FlashVDM: the same quality (no number)",
+            "nearly the same quality (FlashVDM, arXiv:2503.16302)",
             "V-IoU with the truth at random points of the grid: hierarchical - top-k below 0.005 (upper bound); "
             "refuted if the lower bound is not.",
             ("grids",),

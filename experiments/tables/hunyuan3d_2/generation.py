@@ -226,7 +226,7 @@ TABLE = Table(
         Claim(
             "T2-3",
             "It is at least as good as the training shape whose silhouette is nearest, on the held-out family",
-            "no figure; a model that only remembers would do no better",
+            "no row of Table 2; a model that only remembers would do no better",
             _ON + "Matched - retrieved at least -0.01 on the held-out family (lower bound), the retrieved shape being "
             "the training shape itself; refuted if the upper bound is below that.",
             ("dit",),
