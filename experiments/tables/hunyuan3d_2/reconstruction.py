@@ -22,7 +22,7 @@ from research.hunyuan3d_2.vae.evaluation import EvalConfig
 from research.hunyuan3d_2.vae.model import ShapeVAE
 
 SCALES = {  # how held-out shapes are scored; all of them are
-    "cpu": EvalConfig(volume_points=2048, surface_points=2048),
+    "cpu": EvalConfig(volume_points=1024, surface_points=1024),
     "gpu": EvalConfig(volume_points=100_000, surface_points=100_000),
 }
 EDGE_POINTS = 512
