@@ -1,13 +1,13 @@
 """Optimizers and learning-rate schedules, from one small config.
 
-`make` returns an Optax transformation: clip by global norm → SGD, Adam or AdamW → learning rate.
+`make` returns an Optax transformation: clip by global norm → SGD, Adam, AdamW or Muon → learning rate.
 Its state holds the rate of the last update under the name `learning_rate`, which the training
 steps report as the metric 'lr'.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,12 @@ import optax
 class OptimConfig:
     """`lr` is the peak rate. Fields that a schedule does not use are ignored by it."""
 
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
     lr: float = 1e-3
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float = 0.0  # AdamW only; decoupled, times the learning rate
+    weight_decay: float = 0.0  # AdamW and Muon; decoupled, times the learning rate
     clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
     schedule: Literal["constant", "cosine", "wsd", "piecewise"] = "constant"
     warmup_steps: int = 0  # linear, for every schedule
@@ -40,22 +40,37 @@ class ScheduleState(NamedTuple):
     learning_rate: jax.Array
 
 
-def make(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
+def make(
+    config: OptimConfig,
+    total_steps: int,
+    matrices: Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformation:
     """The optimizer of a run of `total_steps` updates.
 
     Moments are kept in float32 at least, whatever the parameters' dtype. AdamW (Loshchilov and
-    Hutter 2019, algorithm 2) decays weights with `decayed` alone. Raises ValueError for settings
-    that make no sense, naming them.
+    Hutter 2019, algorithm 2) decays weights with `decayed` alone. Muon (Jordan et al. 2024) takes the
+    leaves for which `matrices(params)` is True, and Adam the others; a matrix's update has the root
+    mean square 0.2 (Liu et al. 2025, section 2.2), so that one rate and decay serve both.
+
+    Raises ValueError for settings that make no sense, naming them, and for Muon where the caller's
+    model has not said which of its parameters are matrices.
     """
     if config.lr < 0 or config.clip_norm < 0 or config.weight_decay < 0:
         raise ValueError("optim: lr, clip_norm and weight_decay must not be negative")
-    if config.weight_decay and config.name != "adamw":
-        raise ValueError(f"optim: weight_decay needs name='adamw', got {config.name!r}")
+    if config.weight_decay and config.name not in ("adamw", "muon"):
+        raise ValueError(f"optim: weight_decay needs name='adamw' or 'muon', got {config.name!r}")
+    if config.name == "muon" and matrices is None:
+        raise ValueError("optim: name='muon' is not there for this kind of model; take 'adamw'")
     parts = []
     if config.clip_norm:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
-    if config.name != "sgd":
-        parts.append(_wide(optax.scale_by_adam(config.b1, config.b2, config.eps)))
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    if config.name == "muon":
+        muon = optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=_axes), _even())
+        labels = lambda params: jax.tree.map(lambda m: "muon" if m else "adam", matrices(params))  # noqa: E731
+        parts.append(_wide(optax.partition({"muon": muon, "adam": adam}, labels)))
+    elif config.name != "sgd":
+        parts.append(_wide(adam))
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay, decayed))
     parts.append(_scale_by_schedule(schedule(config, total_steps)))
@@ -137,6 +152,30 @@ def decayed(params):
         return leaf.ndim >= 2 and name not in ("scale", "bias")
 
     return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def kernels(params):
+    """True for the leaves named 'kernel' of two axes, inputs and outputs, or of three, a stack of such matrices."""
+
+    def matrix(path, leaf) -> bool:
+        return str(getattr(path[-1], "key", "")) == "kernel" and leaf.ndim in (2, 3)
+
+    return jax.tree_util.tree_map_with_path(matrix, params)
+
+
+def _axes(updates):
+    """The axes that make a matrix: the last two."""
+    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), updates)
+
+
+def _even() -> optax.GradientTransformation:
+    """Orthogonal matrices [..., D, F], of which a number is 1 / sqrt(max(D, F)) large, to 0.2."""
+
+    def scale(updates, params=None):
+        del params
+        return jax.tree.map(lambda u: 0.2 * max(u.shape[-2:]) ** 0.5 * u, updates)
+
+    return optax.stateless(scale)
 
 
 def _scale_by_schedule(rate: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformation:

@@ -10,9 +10,9 @@ from research.core import optim
 from research.core.optim import OptimConfig
 
 
-def run(config, params, gradients, total=100):
+def run(config, params, gradients, total=100, matrices=None):
     """Parameters after applying the given gradients in turn, and the rates used."""
-    tx = optim.make(config, total)
+    tx = optim.make(config, total, matrices)
     state = tx.init(params)
     update = jax.jit(lambda g, s, p: tx.update(g, s, p))
     rates = []
@@ -55,6 +55,64 @@ def test_adamw_equals_the_equations():
     np.testing.assert_allclose(rates, 0.1 * np.minimum(1, np.arange(1, 6) / 3), rtol=1e-6)
     for k in p:
         np.testing.assert_allclose(got[k], p[k], rtol=3e-6, atol=3e-6)
+
+
+def test_muon_equals_the_equations():
+    """Jordan et al. 2024 with Nesterov momentum; its updates as large as Liu et al. 2025, section 2.2, make them."""
+    config = OptimConfig("muon", lr=0.1, b1=0.8, eps=1e-6, weight_decay=0.2, clip_norm=0.0)
+    rng = np.random.default_rng(0)
+    params = {
+        "a": {"kernel": rng.normal(size=(6, 4)), "bias": rng.normal(size=4)},
+        "stack": {"kernel": rng.normal(size=(2, 3, 8))},
+        "heads": {"kernel": rng.normal(size=(2, 3, 4, 5))},
+    }
+    gradients = [jax.tree.map(lambda p: rng.normal(size=p.shape), params) for _ in range(3)]
+
+    def orthogonal(m):
+        """Five steps of x <- a x + (b x x^T + c (x x^T)^2) x from x / |x|."""
+        x = m / np.linalg.norm(m)
+        wide = x.shape[0] <= x.shape[1]
+        x = x if wide else x.T
+        for _ in range(5):
+            s = x @ x.T
+            x = 3.4445 * x + (-4.775 * s + 2.0315 * s @ s) @ x
+        return x if wide else x.T
+
+    def muon(history):
+        m = np.zeros_like(history[0])
+        for t, g in enumerate(history, 1):
+            m = 0.95 * m + 0.05 * g
+            step = 0.95 * m / (1 - 0.95 ** (t + 1)) + 0.05 * g / (1 - 0.95**t)
+        parts = step if step.ndim == 3 else step[None]
+        return np.stack([orthogonal(x) * 0.2 * max(x.shape) ** 0.5 for x in parts]).reshape(g.shape)
+
+    def adam(history):
+        m = v = 0.0
+        for g in history:
+            m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
+        t = len(history)
+        return (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-6)
+
+    expected = {}
+    for path in (("a", "kernel"), ("a", "bias"), ("stack", "kernel"), ("heads", "kernel")):
+        p = params[path[0]][path[1]]
+        rule = muon if path in (("a", "kernel"), ("stack", "kernel")) else adam
+        for t in range(3):
+            history = [g[path[0]][path[1]] for g in gradients[: t + 1]]
+            p = p - 0.1 * (rule(history) + (0.2 * p if path[1] == "kernel" else 0.0))
+        expected[path] = p
+    to32 = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)  # noqa: E731
+    got, rates = run(config, to32(params), [to32(g) for g in gradients], matrices=optim.kernels)
+    np.testing.assert_allclose(rates, 0.1, rtol=1e-6)
+    for path, p in expected.items():
+        np.testing.assert_allclose(
+            got[path[0]][path[1]], p, rtol=2e-4, atol=2e-4, err_msg=str(path)
+        )
+
+
+def test_muon_needs_to_know_the_matrices():
+    with pytest.raises(ValueError, match="not there for this kind of model"):
+        optim.make(OptimConfig("muon"), 10)
 
 
 def test_sgd_is_the_clipped_gradient():
@@ -109,8 +167,8 @@ def oracle(config, total, t):
         share = f + (1 - f) * (1 + np.cos(np.pi * min(x, 1.0))) / 2
     elif config.schedule == "wsd":
         left = total - t  # updates to go
-        share = 1.0 if left >= config.decay_steps else f + (1 - f) * max(left, 0) / (
-            config.decay_steps
+        share = (
+            1.0 if left >= config.decay_steps else f + (1 - f) * max(left, 0) / (config.decay_steps)
         )
     else:
         share = 1.0
@@ -130,12 +188,24 @@ def oracle(config, total, t):
         OptimConfig(lr=3e-4, schedule="cosine", warmup_steps=5, final_fraction=0.1),
         OptimConfig(lr=3e-4, schedule="cosine", final_fraction=0.0),
         OptimConfig(lr=3e-4, schedule="wsd", warmup_steps=7, decay_steps=10, final_fraction=0.05),
-        OptimConfig(lr=3e-4, schedule="piecewise", warmup_steps=3, boundaries=(10, 20, 21),
-                    factors=(0.5, 0.1, 0.02)),
-        OptimConfig(lr=2e-4, schedule="piecewise", warmup_steps=5, boundaries=(20, 30),
-                    factors=(0.65, 0.15), decay_steps=8),
-        OptimConfig(lr=2e-4, schedule="piecewise", boundaries=(12,), factors=(0.1,),
-                    decay_steps=40),
+        OptimConfig(
+            lr=3e-4,
+            schedule="piecewise",
+            warmup_steps=3,
+            boundaries=(10, 20, 21),
+            factors=(0.5, 0.1, 0.02),
+        ),
+        OptimConfig(
+            lr=2e-4,
+            schedule="piecewise",
+            warmup_steps=5,
+            boundaries=(20, 30),
+            factors=(0.65, 0.15),
+            decay_steps=8,
+        ),
+        OptimConfig(
+            lr=2e-4, schedule="piecewise", boundaries=(12,), factors=(0.1,), decay_steps=40
+        ),
     ],
     ids=lambda c: f"{c.schedule}-{c.warmup_steps}-{c.decay_steps}",
 )
@@ -143,8 +213,9 @@ def test_schedules_equal_their_formulas(config):
     total = 40
     rate = jax.jit(optim.schedule(config, total))
     got = [float(rate(t)) for t in range(total + 3)]  # a resumed run may go past its end
-    np.testing.assert_allclose(got, [oracle(config, total, t) for t in range(total + 3)],
-                               rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(
+        got, [oracle(config, total, t) for t in range(total + 3)], rtol=1e-5, atol=1e-12
+    )
     assert got[0] > 0
 
 
@@ -155,8 +226,10 @@ def test_schedules_equal_their_formulas(config):
         (OptimConfig(schedule="cosine", warmup_steps=50), "warmup_steps=50"),
         (OptimConfig(schedule="piecewise", boundaries=(3, 2), factors=(1.0, 1.0)), "increase"),
         (OptimConfig(schedule="piecewise", boundaries=(3,)), "factors"),
-        (OptimConfig(schedule="piecewise", boundaries=(3,), factors=(0.0,), decay_steps=5),
-         "positive factors"),
+        (
+            OptimConfig(schedule="piecewise", boundaries=(3,), factors=(0.0,), decay_steps=5),
+            "positive factors",
+        ),
         (OptimConfig("adam", weight_decay=0.1), "adamw"),
         (OptimConfig(lr=-1.0), "lr"),
     ],

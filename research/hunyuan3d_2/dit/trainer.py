@@ -197,7 +197,7 @@ class _Run:
                 f"batch_size={config.batch_size} must be a multiple of {self.shards} devices x "
                 f"micro_rows={config.micro_rows or 1}"
             )
-        self.optimizer = optimizers.make(config.optim, config.loop.steps)
+        self.optimizer = optimizers.make(config.optim, config.loop.steps, optimizers.kernels)
         self.frozen = None
         if tower.params is not None:
             self.params = {name: part for name, part in params.items() if name != "tower"}

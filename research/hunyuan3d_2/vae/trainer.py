@@ -153,7 +153,7 @@ class _Run:
             params,
         )
         self.grid, self.iterator, self.eval_shapes = grid, iterator, eval_shapes
-        self.optimizer = optimizers.make(config.optim, config.loop.steps)
+        self.optimizer = optimizers.make(config.optim, config.loop.steps, optimizers.kernels)
         self.token_counts = config.token_counts or (shape.num_tokens,)
         # cuDNN's attention does not run inside shard_map.
         backend = "jit" if jax.default_backend() == "gpu" else "shard_map"
