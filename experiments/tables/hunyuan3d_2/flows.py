@@ -58,7 +58,7 @@ def _cpu() -> Settings:
         image_size=32,
         batch_size=16,
         ema_decay=0.99,
-        optim=dataclasses.replace(dit_config.RECIPE, lr=1e-3, warmup_steps=50),
+        optim=dataclasses.replace(dit_config.RECIPE, name="muon", lr=2e-3, warmup_steps=50),
         eval=trainer.EvalConfig(shapes=0, loss_shapes=64),
         loop=LoopConfig(steps=400, log_every=10, checkpoint_every=200),
     )  # fmt: skip
