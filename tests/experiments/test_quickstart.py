@@ -18,7 +18,7 @@ def test_the_quickstart_learns_to_reason(tmp_path):
     command = [sys.executable, "-m", "experiments.run", f"--workdir={tmp_path}/run"]
     command += [
         "--config=experiments/configs/deepseek_r1/quickstart.py",
-        "--config.zero.loop.steps=90",
+        "--config.zero.loop.steps=60",
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -43,6 +43,6 @@ def test_the_quickstart_learns_to_reason(tmp_path):
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and "finished before" in again.stdout
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
-    command[-1] = "--config.zero.loop.steps=91"
+    command[-1] = "--config.zero.loop.steps=61"
     other = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert other.returncode == 2 and "zero.loop.steps: 90 != 91" in other.stderr
+    assert other.returncode == 2 and "zero.loop.steps: 60 != 61" in other.stderr

@@ -17,30 +17,30 @@ LANGUAGE = Language(length=32, vocab=16, classes=8)
 TINY = {
     "scaling": (
         scaling,
-        {"language": LANGUAGE, "sizes": ((16, 4), (32, 4)), "steps": 4, "batch": 2, "points": 2},
+        {"language": LANGUAGE, "sizes": ((16, 2), (32, 2)), "steps": 4, "batch": 2, "points": 2},
     ),
     "retrieval": (
         retrieval,
-        {"width": 16, "pairs": (2,), "tested": (2, 3), "queries": 4, "steps": 20, "batch": 2},
+        {"width": 16, "layers": 2, "pairs": (2,), "tested": (2, 3), "queries": 4, "steps": 20, "batch": 2},
     ),
     "architecture": (
         architecture,
         {
-            "language": LANGUAGE, "deep": (16, 4, 4), "flat": (16, 4, 4), "experts": 4, "batch": 2,
+            "language": LANGUAGE, "deep": (16, 2, 4), "flat": (16, 2, 4), "experts": 4, "batch": 2,
             "points": 2,
         },
     ),
     "length": (
         length,
         {
-            "lengths": (32,), "multiples": (1, 2, 4), "depths": (0.0, 1.0), "width": 16,
+            "lengths": (32,), "multiples": (1, 2, 4), "depths": (0.0, 1.0), "width": 16, "layers": 2,
             "steps": 20, "batch": 6, "batches": 1, "rows": 2,
         },
     ),
     "cost": (
         cost,
         {
-            "width": 16, "prompts": (64, 128), "contexts": (64, 128), "rounds": 1, "steps": 2,
+            "width": 16, "layers": 2, "prompts": (64, 128), "contexts": (64, 128), "rounds": 1, "steps": 2,
             "flat_from": 64,
         },
     ),
@@ -68,8 +68,10 @@ def tiny(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
-def test_every_row_runs(name, tmp_path):
+def test_every_row_runs(name, tmp_path, monkeypatch):
     """One seed of a tiny size; every claim finds the figures it reads, and the figure is drawn."""
+    # Both kinds of layers in two.
+    monkeypatch.setitem(arms.MIXERS, "hybrid-3", arms.MIXERS["hybrid-1"])
     table = tiny(name)
     results, origins = reproducer.collect(table, "cpu", [0], tmp_path / "runs", run=True)
     assert set(results) == {run.name for run in table.scales["cpu"]}
