@@ -5,11 +5,12 @@
     python -m experiments.shape --image=front.png --back=back.png --checkpoint=hunyuan3d-dit-v2-mv --out=chair.glb
 
 `--checkpoint` is a run that trained a diffusion transformer (experiments/configs/hunyuan3d_2), or a released directory.
-The image shows one object, on a transparent ground (opaque images are cut out if `rembg` is installed). A folder of
-images becomes a folder of meshes: those that fail are reported and passed over. Beside each mesh a JSON file says what
-was done and how long each stage took.
+The image shows one object, on a transparent ground. Opaque images are cut out if `rembg` is installed, or by
+`--matting=module:function`. A folder of images becomes a folder of meshes: those that fail are reported and passed
+over. Beside each mesh, NAME.json says what was done and how long each stage took.
 """
 
+import importlib
 import json
 import logging
 import os
@@ -58,6 +59,12 @@ _OUT = _define(
     "The mesh to write (.glb, .obj, .ply, .stl); of a folder of images, a folder.",
 )
 _FORMAT = _define("enum", "format", "glb", "Of the meshes of a folder.", FORMATS)
+_MATTING = _define(
+    "string",
+    "matting",
+    None,
+    "What cuts out opaque images, as module:function, of a PIL RGB image; default: rembg:remove, if it is installed.",
+)
 _SEED = _define("integer", "seed", 1234, "Of the noise: the same seed makes the same shape.")
 _STEPS = _define(
     "integer", "steps", None, "Network evaluations; default: as the model was made for."
@@ -84,7 +91,11 @@ _DTYPE = _define(
     "enum", "dtype", None, "Of activations; default: the models' own.", ("float32", "bfloat16")
 )
 _TURNTABLE = _define(
-    "enum", "turntable", "none", "Also render the mesh, turning.", ("none", "gif", "png")
+    "enum",
+    "turntable",
+    "none",
+    "Also render the mesh, turning: NAME.turntable.gif, or a .png of eight views.",
+    ("none", "gif", "png"),
 )
 _CACHE = _define(
     "string",
@@ -127,28 +138,43 @@ def find_images(
     return {target / f"{path.stem}.{extension}": path for path in found}
 
 
+def find_matting(name: str | None) -> condition.Matting | None:
+    """The function that 'module:function' names. Raises ValueError if there is none."""
+    if not name:
+        return None
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--matting={name}: {error}; name a function as rembg:remove") from error
+
+
 def make_all(
     jobs: Mapping[pathlib.Path, Any],
     load: Callable[[], ImageToShape],
     *,
     turn: str = "none",
     matting: condition.Matting | None = None,
+    note: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
     **settings: Any,
 ) -> list[pathlib.Path]:
     """Makes and writes every mesh; of several, those whose image or surface is no good are reported and returned.
 
-    The first image is read, and cut out, before the models are loaded.
+    The folders are made, and the first image is read and cut out, before the models are loaded.
 
     Args:
       jobs: see `find_images`.
       load: makes the pipeline.
       turn: 'gif' or 'png' to render a turntable beside the mesh.
+      note: to be said in the JSON files too.
       settings: of `ImageToShape.__call__`.
 
     Raises: what that, `condition.cut_out` and `load` raise; of several jobs, what concerns all of them.
     """
     failed, pipeline = [], None
+    for target in jobs:
+        target.parent.mkdir(parents=True, exist_ok=True)
     for number, (target, source) in enumerate(jobs.items(), 1):
         head = f"[{number}/{len(jobs)}] " if len(jobs) > 1 else ""
         try:
@@ -162,7 +188,7 @@ def make_all(
             say(f"{head}{target.name}: passed over: {error}")
             failed.append(target)
             continue
-        write(shape, target, source, turn)
+        write(shape, target, turn, {"image": _named(source)} | dict(note or {}))
         s = shape.statistics
         say(
             f"{head}{target}: {s['faces']} faces{'' if s['watertight'] else ', open'}, {s['time']['total']:.1f} s"
@@ -170,21 +196,22 @@ def make_all(
     return failed
 
 
-def write(shape: Shape, target: pathlib.Path, source: Any, turn: str) -> None:
-    """The mesh, NAME.json with its statistics, and NAME.gif or NAME.png if it shall turn."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+def write(shape: Shape, target: pathlib.Path, turn: str, note: Mapping[str, Any]) -> None:
+    """The mesh, NAME.json with the note and its statistics, and NAME.turntable.gif or .png if it shall turn."""
     unfinished = target.with_name(f".unfinished-{target.name}")  # a mesh that is there is whole
     cleaning.save(shape.mesh, unfinished)
     os.replace(unfinished, target)
-    if turn != "none":
-        turntable.save(shape.mesh, target.with_suffix(f".{turn}"))
-    named = (
-        {name: str(path) for name, path in source.items()}
-        if isinstance(source, Mapping)
-        else str(source)
-    )
-    content = {"image": named} | shape.statistics
+    if turn != "none":  # NAME.png may be the image
+        turntable.save(shape.mesh, target.with_suffix(f".turntable.{turn}"))
+    content = dict(note) | shape.statistics
     target.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _named(source: Any) -> Any:
+    """Paths as text, of one image or of views by name."""
+    if isinstance(source, Mapping):
+        return {name: str(path) for name, path in source.items()}
+    return str(source)
 
 
 def run_from_flags() -> list[pathlib.Path]:
@@ -196,6 +223,7 @@ def run_from_flags() -> list[pathlib.Path]:
         raise FileNotFoundError(f"there is no checkpoint directory {_CHECKPOINT.value}")
     views = {name: holder.value for name, holder in _VIEWS.items() if holder.value}
     jobs = find_images(_IMAGE.value, _OUT.value, views, _FORMAT.value)
+    matting = find_matting(_MATTING.value)
     step = int(_STEP.value) if (_STEP.value or "").isdigit() else _STEP.value
 
     def load() -> ImageToShape:
@@ -205,6 +233,8 @@ def run_from_flags() -> list[pathlib.Path]:
         jobs,
         load,
         turn=_TURNTABLE.value,
+        matting=matting,
+        note={"checkpoint": _CHECKPOINT.value},
         seed=_SEED.value,
         steps=_STEPS.value,
         guidance=_GUIDANCE.value,
@@ -240,4 +270,6 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     flags.FLAGS.append_flag_values(_FLAGS)
     _FLAGS.mark_as_parsed()
+    for name in _FLAGS:  # what --help shows
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], _FLAGS[name])
     app.run(main)

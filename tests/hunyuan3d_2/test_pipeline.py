@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from research.hunyuan3d_2.geometry.isosurface import NoSurface
 from research.hunyuan3d_2.pipeline import ImageToShape
 from research.hunyuan3d_2.vae import checkpoint as vae_checkpoint
 from research.hunyuan3d_2.vae.config import VAEConfig
+from research.hunyuan3d_2.vae.grid import Grid
 from research.vision import hf
 from research.vision.vit import ViT, ViTConfig
 
@@ -193,6 +196,22 @@ def test_settings_reach_what_they_are_for(loaded):
     assert fat > thin
 
 
+def test_a_mesh_stands_as_its_field_does(loaded, monkeypatch):
+    """§8.9: no axis turned over or exchanged on the way, and faces outward."""
+    low, high = np.array([-0.8, -0.1, 0.2]), np.array([-0.2, 0.9, 0.5])
+
+    def decode(model, params, latents, config, progress):
+        line = np.linspace(-config.bound, config.bound, 41)
+        at = np.stack(np.meshgrid(line, line, line, indexing="ij"), -1)
+        field = 1 - (np.abs(at - (low + high) / 2) / ((high - low) / 2)).max(-1)
+        return Grid(field.astype(np.float32), field > 2, config.bound, (40,), field.size)
+
+    monkeypatch.setattr(pipeline, "decode_grid", decode)
+    mesh = loaded(picture(), **FAST).mesh
+    np.testing.assert_allclose(mesh.bounds, [low, high], atol=0.03)
+    assert mesh.volume == pytest.approx(np.prod(high - low), rel=0.1)
+
+
 def test_no_surface_is_an_error_that_says_the_field_s_range(loaded):
     with pytest.raises(NoSurface, match="no surface at level 1000: the field is between"):
         loaded(picture(), level=1000.0, **FAST)
@@ -317,7 +336,7 @@ def command(*arguments):
 
 def test_the_program_writes_mesh_statistics_and_turntable(release, tmp_path, capsys):
     Image.fromarray(picture()).save(tmp_path / "chair.png")
-    out = tmp_path / "made" / "chair.glb"
+    before, out = (tmp_path / "chair.png").read_bytes(), tmp_path / "chair.glb"
     image = f"--image={tmp_path / 'chair.png'}"
     assert (
         command(image, f"--checkpoint={release}", f"--out={out}", "--turntable=png", "--faces=200")
@@ -330,7 +349,9 @@ def test_the_program_writes_mesh_statistics_and_turntable(release, tmp_path, cap
         and content["seed"] == 1234
         and content["steps"] == 3
     )
-    assert content["image"] == str(tmp_path / "chair.png") and out.with_suffix(".png").exists()
+    assert content["image"] == str(tmp_path / "chair.png") and content["checkpoint"] == str(release)
+    assert out.with_suffix(".turntable.png").exists()
+    assert (tmp_path / "chair.png").read_bytes() == before  # beside its mesh
     assert f"{content['faces']} faces" in capsys.readouterr().out
 
 
@@ -345,6 +366,22 @@ def test_folders_become_folders_and_bad_images_are_passed_over(release, tmp_path
     assert status == "1 of the images failed"
     assert sorted(path.name for path in out.iterdir()) == ["0.json", "0.ply", "1.json", "1.ply"]
     assert "[3/3] empty.ply: passed over" in capsys.readouterr().out
+
+
+def test_a_function_of_the_user_s_cuts_opaque_images_out(release, tmp_path, capsys, monkeypatch):
+    def cut(image):
+        assert image.mode == "RGB"
+        return Image.fromarray(picture(size=image.width))
+
+    monkeypatch.setitem(sys.modules, "scissors", SimpleNamespace(cut=cut))
+    Image.new("RGB", (48, 48), "red").save(tmp_path / "photo.png")
+    arguments = [f"--image={tmp_path / 'photo.png'}", f"--checkpoint={release}"]
+    arguments.append(f"--out={tmp_path / 'new' / 'photo.stl'}")
+    assert command(*arguments, "--matting=scissors:cut") == 0
+    assert (tmp_path / "new" / "photo.stl").exists()
+    for name in ("scissors:paste", "absent:cut", ":"):
+        assert command(*arguments, f"--matting={name}") == 2
+        assert f"error: --matting={name}: " in capsys.readouterr().err
 
 
 def test_errors_are_one_line_before_any_work(release, tmp_path, capsys, monkeypatch):
