@@ -223,6 +223,20 @@ def test_a_row_is_drawn_from_its_shape():
     assert seen == set(range(5)) and len(seeds) == 60
 
 
+def test_latents_are_drawn_from_their_posterior_and_rows_weigh_the_same(tmp_path):
+    seeds = np.random.default_rng(0).integers(2**32, size=(400, 2), dtype=np.uint32)
+    seeds[1] = seeds[0]
+    moments = np.broadcast_to(np.float32([[3.0], [np.log(4)]]), (2, 400))[..., None, None]
+    mean, logvar = np.broadcast_to(moments, (2, 400, 4, 3))
+    drawn = np.asarray(trainer.draw_latents({"mean": mean, "logvar": logvar, "seed": seeds}, 0.5))
+    assert drawn.dtype == np.float32
+    assert abs(drawn.mean() - 1.5) < 0.06 and abs(drawn.std() - 1.0) < 0.05
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert len(np.unique(drawn)) > 0.99 * 399 * 12
+    batch, _ = build(make_config(), tmp_path, held_out=False).collect(None, 0)
+    np.testing.assert_array_equal(batch["weight"], np.full(16, 1 / 16, np.float32))
+
+
 def test_transparent_images_lie_on_white():
     image = np.asarray([[[[0, 100, 200, 0], [0, 100, 200, 255], [0, 100, 200, 51]]]], np.uint8)
     assert shading.on_white(image)[0, 0].tolist() == [

@@ -1,5 +1,6 @@
 """Meshes in and out: every kind of bad mesh gives a clear error or a stated repair; volumes are trimesh's."""
 
+import inspect
 import json
 import struct
 
@@ -128,6 +129,7 @@ def test_closed_surfaces_never_become_double_shells():
 
 
 def test_more_faces_than_allowed_are_simplified_and_stay_closed():
+    assert inspect.signature(meshes.repair).parameters["max_faces"].default == 1_000_000
     sphere = trimesh.creation.icosphere(4)
     result, done = meshes.repair(sphere, max_faces=500)
     assert "faces more than 500, simplified: 5120" in done

@@ -178,6 +178,17 @@ def test_a_whole_decoding_with_selections_finds_the_shape():
     assert volume == pytest.approx(4 / 3 * np.pi * 0.6**3, rel=0.01)
 
 
+def test_as_many_points_at_a_time_as_the_memory_holds(monkeypatch):
+    """§8.6: with 2000 tokens it is the scores that fill it."""
+    monkeypatch.setitem(grid.MOST, "cpu", 2**20)
+    model, params, _ = network()
+    latents = jnp.zeros((2000, TINY.latent_dim))
+    for memory in (2**26, 2**28):
+        work = grid._Work(model, params, latents, GridConfig(8, memory=memory), False)
+        scores = 4 * TINY.field_heads * 2000 * work.chunk
+        assert memory / 4 < scores < memory
+
+
 def test_bad_requests():
     model, params, latents = network()
     with pytest.raises(ValueError, match=r"latents must be \[L, 8\]"):

@@ -6,6 +6,7 @@ import json
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -183,6 +184,36 @@ def test_the_posterior_is_sampled_anew_for_every_shape_and_step(tmp_path):
     drawn = [built.collect(None, at)[0][1] for at in range(3)]
     assert len(np.unique([batch["seed"] for batch in drawn])) == 24
     assert all(batch["weights"].sum() == pytest.approx(1) for batch in drawn)
+
+
+def test_the_loss_is_the_weighted_sum_over_shapes():
+    rng = np.random.default_rng(0)
+    mean, logvar = rng.standard_normal((2, 3, 50, 4)).astype(np.float32)
+    seen = []
+
+    class Constant:
+        config = TINY
+
+        def apply(self, variables, uniform, sharp, points, noise):
+            seen.append(noise)
+            return jnp.full(points.shape[:2], variables["params"]), mean, logvar
+
+    batch = {"uniform": None, "sharp": None, "points": np.zeros((3, 20, 3), np.float32)}
+    batch["distance"] = rng.uniform(-1, 1, (3, 20)).astype(np.float32)
+    batch["weights"] = np.float32([0.5, 0.125, 0.375])
+    batch["seed"] = np.uint32([7, 8, 8])
+    config = make_config(kl_coef=0.1, truncation=0.3)
+    loss, metrics = trainer.loss_fn(Constant(), config, 50, 0.2, batch)
+    error = ((0.2 - np.clip(batch["distance"] / 0.3, -1, 1)) ** 2).mean(1)
+    kl = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).mean((1, 2))
+    assert loss == pytest.approx((batch["weights"] * (error + 0.1 * kl)).sum(), rel=1e-5)
+    inside = (batch["distance"] > 0).mean(1)
+    for name, rows in (("reconstruction", error), ("kl", kl), ("sign_accuracy", inside)):
+        wanted = (batch["weights"] * rows).sum()
+        assert metrics[name].compute() == pytest.approx(wanted, rel=1e-5)
+    noise = np.asarray(seen[0])
+    assert noise.shape == (3, 50, 4) and abs(noise.std() - 1) < 0.1
+    assert (noise[1] == noise[2]).all() and abs(np.corrcoef(noise[:2].reshape(2, -1))[0, 1]) < 0.2
 
 
 def test_configurations_that_cannot_be_trained(tmp_path):
