@@ -264,6 +264,9 @@ def test_the_claims_of_table_1_are_judged_as_their_rules_say():
     assert set(statuses.values()) == {"confirmed"}, statuses
     statuses, _ = judged(poor, good)
     assert statuses == dict.fromkeys(claims, "refuted")
+    # Fewer tokens do not make up for a worse score.
+    short = curve([0.4, 0.5, 0.2, 0, 0, 0], [0, 4, 8, 12, 13, 14], [4] * 6, [0, 2, 4, 5, 5, 5])
+    assert judged(short, good)[0]["T1-1"] == "refuted"
     # Of one mind in one matching alone: not resolved.
     mixed = results | {"rpp-tuned": results["grpo-tuned"], "grpo-tuned": results["rpp-tuned"]}
     assert reproducer.judge(claims["T1-1"], mixed).status == "not resolved"

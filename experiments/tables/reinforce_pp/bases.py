@@ -30,7 +30,6 @@ _BASES = flags.DEFINE_string(
 
 
 Examples = list[dict[str, np.ndarray]]
-ROW = 128  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +53,8 @@ def _arithmetic(tokenizer: Tokenizer, seed: int) -> Examples:
 
 
 def _knights(tokenizer: Tokenizer, seed: int) -> Examples:
-    task = make("knights", min_difficulty=3, max_difficulty=6, terse=True, kinds=KINDS)
-    examples = _tokenized(tokenizer, knights_data.examples(task, 16_000, seed))
-    return [example for example in examples if len(example["tokens"]) <= ROW]
+    task = make("knights", min_difficulty=3, max_difficulty=5, terse=True, kinds=KINDS)
+    return _tokenized(tokenizer, knights_data.examples(task, 22_000, seed))
 
 
 def _tools(tokenizer: Tokenizer, seed: int) -> Examples:
@@ -83,7 +81,7 @@ def _words(words: tuple[str, ...]) -> Callable[[], Tokenizer]:
 KINDS = tuple(knights_data.SAYS)  # of the statements in `knights`
 BASES = {
     "arithmetic": Base(_words(base_data.WORDS), _arithmetic, steps=340),
-    "knights": Base(_words(knights_data.WORDS), _knights, steps=600),
+    "knights": Base(_words(knights_data.WORDS), _knights, steps=700),
     "tools": Base(tool_data.tokenizer, _tools, steps=500),
 }
 
@@ -114,7 +112,7 @@ def configured(base: Base, tokenizer: Tokenizer, seed: int) -> lm.Config:
         seed=seed,
         mesh="data=1",  # the same base model on any machine
         model=model,
-        data=DataConfig(seq_len=ROW, batch_size=12, shuffle=False),
+        data=DataConfig(seq_len=128, batch_size=12, shuffle=False),
         optim=OptimConfig(
             lr=base.rate, b2=0.98, weight_decay=0.01,
             schedule="cosine", warmup_steps=min(30, base.steps // 2), final_fraction=0.3,

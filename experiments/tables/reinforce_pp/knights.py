@@ -1,8 +1,8 @@
 """Figure 4: knights and knaves by the number of people, some more than any that it was trained on.
 
 At `cpu` scale all statements are of the number of knights, so that a tiny decoder can think them through in few words
-(`research.reinforce_pp.knights_data`). Trained on 3 and 4 people (of 2 there are nineteen problems), tested on 3 to 6,
-of all of which the base model has read.
+(`research.reinforce_pp.knights_data`). Trained on 3 and 4 people (of 2 there are nineteen problems); tested on these, on
+5, of which the base model has read, and on 6, of which it has not.
 """
 
 import pathlib
@@ -17,6 +17,7 @@ from experiments.tables.reinforce_pp.arms import Plan
 from research.tasks import TaskConfig
 
 ARMS = ("grpo", "reinforce_pp", "reinforce_pp_baseline")
+RATES = (1e-3, 5e-4)  # cpu scale; the first from a run of GRPO with a seed that is in no table
 TRAINED = {"cpu": (3, 4), "gpu": (2, 6)}  # v9 does not say on which sizes it trained
 TESTED = {"cpu": range(3, 7), "gpu": range(2, 9)}
 
@@ -34,7 +35,7 @@ def _prose(low: int, high: int, seed: int = 1000) -> TaskConfig:
 
 def _small(arm: str, seed: int):
     return small.config(
-        arm, seed, task=_terse(*TRAINED["cpu"]), steps=24, max_prompt=36, max_new_tokens=116, row_length=0
+        arm, seed, task=_terse(*TRAINED["cpu"]), steps=16, max_prompt=36, max_new_tokens=116, row_length=0
     )  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def _large(arm: str, seed: int):
 
 PLANS = {
     "cpu": Plan(
-        ARMS, small.knights, _small, small.RATES,
+        ARMS, small.knights, _small, RATES,
         tests={str(n): _terse(n, n) for n in TESTED["cpu"]},
         validation=_terse(*TRAINED["cpu"], seed=1001), problems=60, samples=8,
     ),
