@@ -53,8 +53,8 @@ kernels-check:
 bench: $(VENV)/.installed-all
 	$(BIN)/python -m experiments.bench $(ARGS)
 
-# The papers' tables at the scale of this machine, each with its own seeds: an hour or two for a paper on two cores, three
-# for REINFORCE++. make tables TABLES=minimax_01/cost
+# The papers' tables at the scale of this machine, each with its own seeds: one to two hours for a paper on two cores.
+# make tables TABLES=minimax_01/cost
 TABLES ?= deepseek_r1/zero $(addprefix minimax_01/,scaling retrieval architecture length cost) \
   $(addprefix reinforce_pp/,bias proxy noise comparison overfit knights transfer tools)
 tables: $(VENV)/.installed
