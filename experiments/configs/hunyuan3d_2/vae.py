@@ -4,11 +4,11 @@
     python -m experiments.run --config=experiments/configs/hunyuan3d_2/vae.py \\
         --config.data=data/shapes --workdir=runs/vae
 
-The default has 1.6 M parameters, 32 to 128 tokens, and learns in under half an hour on two cores. The argument takes:
+The default has 0.7 M parameters, 16 to 64 tokens, and learns in under half an hour on two cores. The argument takes:
 
     vae.py:uniform    the default without points on sharp edges, as many points in all (Table 1's importance sampling)
     vae.py:learned    the default with a table of learned queries in place of sampled ones
-    vae.py:fixed      the default always with 128 tokens
+    vae.py:fixed      the default always with 64 tokens
     vae.py:gpu        larger, for one H200; --out's --points must be 32768 or more
     vae.py:finetune   a released size; needs --config.init_from, a directory with the encoder, and shapes built with
                       --paper
@@ -63,15 +63,15 @@ def cpu() -> Config:
         model=PRESETS["small"],
         batch_size=8,
         micro_rows=1,
-        points=1024,
-        token_counts=(32, 64, 128),
+        points=768,
+        token_counts=(16, 32, 64),
         truncation=0.1,
         eval=EvalConfig(volume_points=8192, surface_points=4096, shapes=48),
         optim=OptimConfig(
-            lr=1e-3, b2=0.99, weight_decay=0.01, schedule="cosine", warmup_steps=100,
+            name="muon", lr=5e-3, b2=0.99, weight_decay=0.01, schedule="cosine", warmup_steps=100,
             final_fraction=0.01,
         ),
-        loop=LoopConfig(steps=2000, log_every=10, eval_every=500, checkpoint_every=250),
+        loop=LoopConfig(steps=4000, log_every=20, eval_every=1000, checkpoint_every=500),
     )  # fmt: skip
 
 

@@ -104,8 +104,8 @@ PRESETS = {
         _V2, num_tokens=4096, uniform_points=81920, sharp_points=0, scale_factor=1.0039506158752403
     ),
     "small": VAEConfig(
-        num_tokens=128, latent_dim=16, width=128, heads=2, encoder_layers=2, decoder_layers=4,
-        uniform_points=640, sharp_points=640, downsample_ratio=10,
+        num_tokens=64, latent_dim=16, width=96, heads=3, encoder_layers=1, decoder_layers=3,
+        uniform_points=320, sharp_points=320, downsample_ratio=10,
     ),
     "tiny": VAEConfig(
         num_tokens=16, latent_dim=8, width=32, heads=2, encoder_layers=1, decoder_layers=2,

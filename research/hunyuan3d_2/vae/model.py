@@ -15,6 +15,10 @@ from research.hunyuan3d_2.vae.fourier import fourier_features
 
 EPS, POST_EPS = 1e-6, 1e-5  # of all norms, and of the two `ln_post`
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
+# How training starts is not published. Branches of the residual stream start small, and so does the posterior's noise:
+# else there is nothing to be read in the latents before the noise is learned away.
+_SMALL = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
+_START_LOGVAR = -5.0
 
 
 class LayerNorm(nn.Module):
@@ -41,7 +45,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = nn.Dense(self.width * self.ratio, dtype=self.dtype, name="c_fc")(x)
-        return nn.Dense(self.width, dtype=self.dtype, name="c_proj")(nn.gelu(x, approximate=False))
+        x = nn.gelu(x, approximate=False)
+        return nn.Dense(self.width, kernel_init=_SMALL, dtype=self.dtype, name="c_proj")(x)
 
 
 class SelfAttention(nn.Module):
@@ -56,7 +61,7 @@ class SelfAttention(nn.Module):
         q, k, v = jnp.split(qkv.reshape(B, T, self.heads, -1), 3, axis=-1)
         q, k = LayerNorm(self.dtype, name="q_norm")(q), LayerNorm(self.dtype, name="k_norm")(k)
         y = attention(q, k, v).reshape(B, T, D)
-        return nn.Dense(D, dtype=self.dtype, name="c_proj")(y)
+        return nn.Dense(D, kernel_init=_SMALL, dtype=self.dtype, name="c_proj")(y)
 
 
 class SelfBlock(nn.Module):
@@ -93,7 +98,7 @@ class CrossAttention(nn.Module):
     def setup(self):
         self.c_q = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
         self.c_kv = nn.Dense(2 * self.width, use_bias=False, dtype=self.dtype)
-        self.c_proj = nn.Dense(self.width, dtype=self.dtype)
+        self.c_proj = nn.Dense(self.width, kernel_init=_SMALL, dtype=self.dtype)
         if self.normalized:
             self.q_norm, self.k_norm = LayerNorm(self.dtype), LayerNorm(self.dtype)
 
@@ -242,7 +247,7 @@ class ShapeVAE(nn.Module):
     def setup(self):
         config = self.config
         self.encoder = Encoder(config)
-        self.pre_kl = nn.Dense(2 * config.latent_dim, dtype=config.dtype)
+        self.pre_kl = nn.Dense(2 * config.latent_dim, bias_init=_posterior_bias, dtype=config.dtype)
         self.post_kl = nn.Dense(config.width, dtype=config.dtype)
         self.transformer = Transformer(config, config.decoder_layers)
         self.geo_decoder = FieldDecoder(config)
@@ -293,6 +298,11 @@ class ShapeVAE(nn.Module):
         mean, logvar = self.encode(uniform_BM7, sharp_BN7, noise_BLd.shape[1])
         tokens_BLD = self.decode(mean + jnp.exp(0.5 * logvar) * noise_BLd)
         return self.query(tokens_BLD, points_BQ3), mean, logvar
+
+
+def _posterior_bias(key, shape, dtype=jnp.float32):
+    del key
+    return jnp.repeat(jnp.asarray([0.0, _START_LOGVAR], dtype), shape[0] // 2)
 
 
 def init(config: VAEConfig, key: jax.Array):
