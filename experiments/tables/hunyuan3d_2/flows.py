@@ -60,7 +60,7 @@ def _cpu() -> Settings:
         ema_decay=0.99,
         optim=dataclasses.replace(dit_config.RECIPE, name="muon", lr=2e-3, warmup_steps=50),
         eval=trainer.EvalConfig(shapes=0, loss_shapes=64),
-        loop=LoopConfig(steps=400, log_every=10, checkpoint_every=200),
+        loop=LoopConfig(steps=350, log_every=10, checkpoint_every=200),
     )  # fmt: skip
     return Settings(
         config, cross_depth=8, views=1, ranges=45, family=33, points=2048, resolution=32, steps=10

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import trimesh
 from PIL import Image
-from scipy.spatial import cKDTree
 
 from research.hunyuan3d_2.geometry import isosurface, surface
 from research.hunyuan3d_2.geometry.distance import signed_distance
@@ -78,9 +77,15 @@ def f_score(made: trimesh.Trimesh | None, truth: trimesh.Trimesh, seed: int) -> 
     if made is None:
         return 0.0
     rng = np.random.default_rng([seed, 12])
-    a, b = (surface.sample_uniform(mesh, F_POINTS, rng)[:, :3] for mesh in (made, truth))
-    precision, recall = (np.mean(cKDTree(y).query(x)[0] < F_DISTANCE) for x, y in ((a, b), (b, a)))
+    precision, recall = (
+        np.mean(np.abs(signed_distance(other, _points(mesh, rng))) < F_DISTANCE)
+        for mesh, other in ((made, truth), (truth, made))
+    )
     return 2 * precision * recall / max(precision + recall, 1e-9)
+
+
+def _points(mesh: trimesh.Trimesh, rng: np.random.Generator) -> np.ndarray:
+    return surface.sample_uniform(mesh, F_POINTS, rng)[:, :3]
 
 
 def silhouette_iou(made: trimesh.Trimesh | None, truth: trimesh.Trimesh) -> float:

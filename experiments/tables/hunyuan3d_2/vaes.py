@@ -43,7 +43,7 @@ def _cpu() -> trainer.Config:
             name="muon", lr=6e-3, b2=0.99, weight_decay=0.01, schedule="cosine", warmup_steps=50,
             final_fraction=0.02,
         ),
-        loop=LoopConfig(steps=600, log_every=10, checkpoint_every=200),
+        loop=LoopConfig(steps=500, log_every=10, checkpoint_every=200),
     )  # fmt: skip
 
 
