@@ -23,7 +23,6 @@ from research.hunyuan3d_2.vae.config import PRESETS
 from research.hunyuan3d_2.vae.evaluation import EvalConfig
 from research.hunyuan3d_2.vae.trainer import Config
 
-
 ABLATIONS = ("uniform", "learned", "fixed")
 
 
