@@ -1,5 +1,6 @@
 """Test settings: eight CPU devices, a persistent compilation cache, parsed flags."""
 
+import gc
 import os
 import pathlib
 import socket
@@ -22,6 +23,7 @@ import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes read flags
+gc.set_threshold(20_000)  # tracing makes many objects that live on; by default a twentieth of the time goes into them
 
 _PROCESS = """
 import importlib, pathlib, sys

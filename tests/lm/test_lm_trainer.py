@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -75,9 +71,7 @@ def nll_by_hand(model, params, sequences):
 
 def test_it_learns_and_reports_what_it_says(tmp_path):
     config = make_config(tmp_path, loop=LoopConfig(steps=60, eval_every=30))
-    state = loop.run(
-        trainer.build(config, tmp_path), config.loop, tmp_path, fingerprint_of=config
-    )
+    state = loop.run(trainer.build(config, tmp_path), config.loop, tmp_path, fingerprint_of=config)
     lines = history(tmp_path)
     assert abs(lines[0]["loss"] - np.log(260)) < 1.0  # nothing is known at first
     assert lines[-1]["loss"] < 0.3  # the repeated word is certain, hardly anything else is learned
@@ -139,7 +133,9 @@ def test_a_batch_ramp_takes_every_row_once_and_compiles_once(tmp_path):
     drawn, counts = [], []
     for at in range(5):
         batch, metrics = one.collect(None, at)
-        assert batch["tokens"].shape == (16, 24) and (batch["num_micro"] == [1, 1, 2, 2, 4][at]).all()
+        assert (
+            batch["tokens"].shape == (16, 24) and (batch["num_micro"] == [1, 1, 2, 2, 4][at]).all()
+        )
         held = int(batch["num_micro"][0]) * 2  # rows of each of two devices
         mine = batch["tokens"].reshape(2, 8, 24)
         weights = batch["weights"].reshape(2, 8, 24)
@@ -331,8 +327,14 @@ def test_the_config_survives_the_command_line_and_its_file(tmp_path):
         ({"tokenizer": ""}, "no tokenizer"),
         ({"special_tokens": tuple("αβγδ")}, "tokenizer has 261 tokens, the model only 260"),
         ({"data": DataConfig((), seq_len=128)}, "context of 64"),
-        ({"data": DataConfig((), seq_len=24, batch_size=12)}, "multiple of 2 devices x micro_rows=4"),
-        ({"batch_ramp": ((0, 4), (9, 16))}, "batch of batch_ramp=4 must be a multiple of 2 devices"),
+        (
+            {"data": DataConfig((), seq_len=24, batch_size=12)},
+            "multiple of 2 devices x micro_rows=4",
+        ),
+        (
+            {"batch_ramp": ((0, 4), (9, 16))},
+            "batch of batch_ramp=4 must be a multiple of 2 devices",
+        ),
         ({"batch_ramp": ((0, 4), (9, 16)), "micro_rows": 2, "max_position": 20}, "context of 20"),
         ({"mesh": "data=2,expert=2"}, "mesh axes"),
         ({"mesh": "model=2"}, "'data' or 'fsdp'"),
@@ -352,24 +354,10 @@ def test_bad_data_stops_a_run_before_it_starts(tmp_path):
         trainer.build(config, tmp_path)
 
 
-WORKER = """
-import sys
-address, index, workdir, tests = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
-import jax
-from research.core import mesh
-mesh.force_cpu_devices(2)
-jax.distributed.initialize(address, num_processes=2, process_id=index)
-sys.path.insert(0, tests)
-import test_lm_trainer as t
-t.train_a_little(workdir, "data=4")
-jax.distributed.shutdown()
-"""
-
-
-def train_a_little(workdir, shape):
+def train_a_little(workdir):
     """Unpacked and unshuffled, so that a batch has the same rows for any number of processes."""
     config = trainer.Config(
-        mesh=shape,
+        mesh="data=4",
         model=dataclasses.replace(TINY, num_layers=1),
         data=DataConfig((), seq_len=14, batch_size=8, pack="none", shuffle=False),
         batch_ramp=((0, 4), (112, 8)),
@@ -381,27 +369,9 @@ def train_a_little(workdir, shape):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    tests = os.path.dirname(__file__)
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, address, str(i), str(tmp_path / "two"), tests],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    try:
-        results = [worker.communicate(timeout=300) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for worker, (_, err) in zip(workers, results, strict=True):
-        assert worker.returncode == 0, err[-3000:]
-    train_a_little(tmp_path / "one", "data=4")
+def test_two_processes_train_as_one(tmp_path, in_two_processes):
+    in_two_processes(train_a_little, tmp_path / "two")
+    train_a_little(tmp_path / "one")
     two, one = history(tmp_path / "two"), history(tmp_path / "one")
     assert len(two) == len(one) == 4 and "eval/loss" in two[-1]
     assert [line["rows"] for line in two] == [4, 4, 8, 8]
