@@ -141,6 +141,7 @@ def main():
         best_metric="eval/error",
         best_mode="min",
     )
+    print("begins", flush=True)
     state = loop.run(make_trainer(), config, sys.argv[1])
     print("finished", int(state.step), flush=True)
 
