@@ -59,6 +59,12 @@ _OUT = _define(
     "The mesh to write (.glb, .obj, .ply, .stl); of a folder of images, a folder.",
 )
 _FORMAT = _define("enum", "format", "glb", "Of the meshes of a folder.", FORMATS)
+_SKIP_EXISTING = _define(
+    "bool",
+    "skip_existing",
+    False,
+    "Pass over images whose mesh is there, to go on where it was stopped.",
+)
 _MATTING = _define(
     "string",
     "matting",
@@ -223,6 +229,8 @@ def run_from_flags() -> list[pathlib.Path]:
         raise FileNotFoundError(f"there is no checkpoint directory {_CHECKPOINT.value}")
     views = {name: holder.value for name, holder in _VIEWS.items() if holder.value}
     jobs = find_images(_IMAGE.value, _OUT.value, views, _FORMAT.value)
+    if _SKIP_EXISTING.value:
+        jobs = {target: source for target, source in jobs.items() if not target.exists()}
     matting = find_matting(_MATTING.value)
     step = int(_STEP.value) if (_STEP.value or "").isdigit() else _STEP.value
 
@@ -261,7 +269,7 @@ def main(arguments: list[str]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; what is written is whole", file=sys.stderr)
+        print("stopped; what is written is whole, and --skip_existing goes on", file=sys.stderr)
         sys.exit(130)
     if failed:
         sys.exit(f"{len(failed)} of the images failed")

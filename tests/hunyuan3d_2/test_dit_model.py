@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dit_oracle import double_stream, random_params
+from programs import half_precision, largest_array
 
 from research.hunyuan3d_2.dit import cross, layers, model
 from research.hunyuan3d_2.dit.config import PRESETS, DiTConfig
@@ -133,6 +134,30 @@ def test_queries_in_chunks_attend_the_same(monkeypatch):
     whole = layers.attention(q, k, v)
     monkeypatch.setattr(layers, "_LOGITS_BYTES", 2 * 4 * 23 * 4 * 5)  # five queries
     np.testing.assert_allclose(layers.attention(q, k, v), whole, atol=1e-6)
+
+
+def test_memory_of_attention_is_bounded(monkeypatch):
+    q, k = jnp.zeros((2, 500, 4, 8)), jnp.zeros((2, 300, 4, 8))
+    scores = 2 * 500 * 4 * 300 * 4
+    assert largest_array(layers.attention, q, k, k) == scores
+    monkeypatch.setattr(layers, "_LOGITS_BYTES", scores // 7)
+    assert largest_array(layers.attention, q, k, k) < scores // 6
+
+
+def test_what_half_precision_would_spoil_is_float32():
+    """§8.7: embeddings of time and guidance, norms, softmax. Half precision cannot tell 750.0 from 750.1."""
+    params, (x, _, cond, _) = random_params(SMALL), inputs(SMALL)
+    t, guidance = jnp.full(2, 0.75), jnp.full(2, 5.0)
+
+    def velocity(dtype):
+        network = model.build(dataclasses.replace(SMALL, dtype=dtype))
+        return lambda t, guidance: network.apply({"params": params}, x, t, cond, guidance)
+
+    for dtype in ("float16", "bfloat16"):
+        assert half_precision(velocity(dtype), t, guidance) == set()
+    run = jax.jit(velocity("bfloat16"))
+    plain = run(t, guidance)
+    assert (run(t + 1e-4, guidance) != plain).any() and (run(t, guidance + 1e-4) != plain).any()
 
 
 def test_half_precision_is_close_and_the_output_is_float32():

@@ -367,6 +367,15 @@ def test_folders_become_folders_and_bad_images_are_passed_over(release, tmp_path
     assert sorted(path.name for path in out.iterdir()) == ["0.json", "0.ply", "1.json", "1.ply"]
     assert "[3/3] empty.ply: passed over" in capsys.readouterr().out
 
+    (photos / "empty.png").unlink()
+    (out / "1.ply").unlink()
+    before = (out / "0.ply").stat().st_mtime_ns
+    arguments = [f"--image={photos}", f"--checkpoint={release}", f"--out={out}", "--format=ply"]
+    assert command(*arguments, "--skip_existing") == 0
+    assert (out / "1.ply").exists() and (out / "0.ply").stat().st_mtime_ns == before
+    assert command(*arguments, "--skip_existing") == 0  # nothing to do
+    assert (out / "0.ply").stat().st_mtime_ns == before
+
 
 def test_a_function_of_the_user_s_cuts_opaque_images_out(release, tmp_path, capsys, monkeypatch):
     def cut(image):

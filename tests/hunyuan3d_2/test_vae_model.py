@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import half_precision, largest_array
 from scipy.special import erf
 
 from research.hunyuan3d_2.vae import attention, checkpoint
@@ -243,6 +244,23 @@ def test_blocks_of_attention_change_nothing(monkeypatch):
     np.testing.assert_allclose(attention.attention(q, k, v, keep), wanted, atol=1e-6)
     for a, b in zip(jax.grad(loss, (0, 1, 2))(q, k, v), whole, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_memory_of_attention_is_bounded(monkeypatch):
+    q, k = jnp.zeros((2, 500, 4, 8)), jnp.zeros((2, 300, 4, 8))
+    scores = 2 * 500 * 4 * 300 * 4
+    monkeypatch.setitem(attention.SCORES, "cpu", 2 * scores)
+    assert largest_array(attention.attention, q, k, k) == scores
+    monkeypatch.setitem(attention.SCORES, "cpu", scores // 7)
+    assert largest_array(attention.attention, q, k, k) < scores // 6
+
+
+def test_what_half_precision_would_spoil_is_float32():
+    """§8.7: norms and softmax."""
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+    params, clouds, points, noise = random_params(config)
+    variables = {"params": params}
+    assert half_precision(ShapeVAE(config).apply, variables, *clouds, points, noise) == set()
 
 
 def test_the_loss():
