@@ -53,7 +53,7 @@ def _cpu() -> Settings:
         dit_config.cpu(),
         mesh="data=1",  # the same on any machine
         model=DiTConfig(
-            num_latents=32, latent_dim=8, cond_dim=128, hidden_size=128, num_heads=4, depth=2, single_depth=4,
+            num_latents=32, latent_dim=16, cond_dim=128, hidden_size=128, num_heads=4, depth=2, single_depth=4,
         ),
         image_size=32,
         batch_size=16,
@@ -71,7 +71,7 @@ def _gpu() -> Settings:
     made = dit_config.gpu()
     config = dataclasses.replace(
         made,
-        model=dataclasses.replace(made.model, latent_dim=vaes.SCALES["gpu"].model.latent_dim),
+        model=dataclasses.replace(made.model, latent_dim=vaes.RECIPES["gpu"].model.latent_dim),
         eval=trainer.EvalConfig(shapes=0, loss_shapes=200),
         loop=dataclasses.replace(made.loop, steps=50_000),
     )
@@ -131,7 +131,7 @@ class _Views(Sequence):
 
 def measure(scale: str, arm: str, seed: int, directory: pathlib.Path, results: Any) -> dict:
     del results
-    s, vae = SCALES[scale], vaes.trained(scale, "default", seed)
+    s, vae = SCALES[scale], vaes.recipe(scale)
     config = dataclasses.replace(configured(s, arm), seed=seed, data=vaes.data(), vae=str(vae))
     train, held, _, _ = latents.load(config.data, config.vae, config.model.num_latents)
     run = trainer.build(

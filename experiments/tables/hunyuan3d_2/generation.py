@@ -1,7 +1,7 @@
 """Table 2: does the flow follow the image, on held-out parameter ranges and on the held-out family.
 
-Three transformers learn the latents of one VAE, the default of `reconstruction`, in as many steps: `dit`, the paper's;
-`cross`, as large, with cross-attention to the image; `positions`, the paper's with an embedding of a latent's index.
+Three transformers learn the latents of one VAE, the same for all seeds, in as many steps: `dit`, the paper's; `cross`,
+as large, with cross-attention to the image; `positions`, the paper's with an embedding of a latent's index.
 """
 
 import pathlib

@@ -1,6 +1,7 @@
-"""The shape VAEs of the tables: one for each scale, arm and seed, trained once and shared by all tables."""
+"""The shape VAEs of the tables: those that `reconstruction` compares, and the one that the other tables read."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
 
@@ -53,6 +54,7 @@ def _gpu() -> trainer.Config:
 
 
 SCALES: Mapping[str, trainer.Config] = {"cpu": _cpu(), "gpu": _gpu()}
+RECIPES: Mapping[str, trainer.Config] = {"cpu": vae_config.cpu(), "gpu": vae_config.gpu()}
 
 
 def data() -> str:
@@ -72,15 +74,26 @@ def configured(scale: str, arm: str, seed: int) -> trainer.Config:
 
 
 def trained(scale: str, arm: str, seed: int) -> pathlib.Path:
-    """The directory of a VAE that is trained to its end; trains it, or goes on with it, if it is not."""
+    """The directory of a VAE of `reconstruction`; trains it, or goes on with it, if it is not at its end."""
     data()
     config = configured(scale, arm, seed)
-    directory = pathlib.Path(_VAES.value) / scale / arm / f"seed{seed}"
     batches = pipeline.vae_batches(
         config.data, batch_size=config.batch_size, uniform=config.model.uniform_points,
         sharp=config.model.sharp_points, points=config.points, seed=seed, workers=config.workers,
     )  # fmt: skip
-    # Nothing is evaluated on the way: the tables do, on all that is held out.
-    run = trainer.build(config, directory, batches=batches)
-    loop.run(run, config.loop, directory, fingerprint_of=config, name=f"VAE {arm} {seed}")
+    # Nothing is evaluated on the way: the table does, on all that is held out.
+    return _run(config, f"{scale}/{arm}/seed{seed}", batches=batches)
+
+
+@functools.lru_cache
+def recipe(scale: str) -> pathlib.Path:
+    """The directory of the VAE that the other tables read, one for all seeds: experiments/configs/hunyuan3d_2/vae.py,
+    trained as there, for much longer than those of `reconstruction`; trains it if it is not."""
+    return _run(dataclasses.replace(RECIPES[scale], data=data()), f"{scale}/recipe")
+
+
+def _run(config: trainer.Config, name: str, **given) -> pathlib.Path:
+    directory = pathlib.Path(_VAES.value) / name
+    run = trainer.build(config, directory, **given)
+    loop.run(run, config.loop, directory, fingerprint_of=config, name=f"VAE {name}")
     return directory
