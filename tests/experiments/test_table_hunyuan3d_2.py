@@ -195,7 +195,7 @@ def made(seed, ranges, family, **ways):
     others = {"retrieved": 0.45, "retrieved, reconstructed": 0.4, "reconstructed": 0.7}
     others |= {way: ways.pop(way) for way in list(ways) if way in others}
     v_iou = {way: of(x) for way, x in (usual | ways).items()}
-    surfaces = {way: of(0.5) for way in ("matched", "shuffled", "zero", "retrieved")}
+    surfaces = {way: of(0.5) for way in ("matched", "shuffled", "retrieved")}
     return {
         "family": FAMILIES, "flow": 0.8, "v_iou": v_iou, "f_score": surfaces, "silhouette": surfaces,
         "v_iou of others": {way: of(x) for way, x in others.items()},
