@@ -199,9 +199,9 @@ class Theirs:
         loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
         norm = self._update(0, loss, list(self.policy.parameters()))
         return {
-            "loss": float(loss),
+            "loss": float(loss.detach()),
             "grad_norm": norm,
-            "value/loss": float(value_loss),
+            "value/loss": float(value_loss.detach()),
             "value/grad_norm": value_norm,
         }
 

@@ -57,11 +57,14 @@ def test_a_rival_that_is_not_installed_is_not_a_pass():
 
 
 def test_the_front_page_shows_what_was_measured():
+    """The rows of its first table of speeds are those of the record, which may have more (of the hybrid, of data)."""
     root = pathlib.Path(__file__).parents[2]
     record = root / "experiments" / "results" / "bench" / "cpu.json"
-    _, _, *lines = measure.markdown(measure.read(record)).splitlines()
-    shown = (root / "README.md").read_text().splitlines()
-    assert len(lines) >= 8 and [line for line in lines if line not in shown] == []
+    measured = measure.markdown(measure.read(record)).splitlines()
+    _, _, page = (root / "README.md").read_text().partition("\n## How fast\n")
+    first = page.partition("\n|")[2].partition("\n\n")[0]
+    _, _, *shown = f"|{first}".splitlines()
+    assert len(shown) >= 8 and [line for line in shown if line not in measured] == []
 
 
 def test_sides_take_turns_and_warm_up_is_not_timed():
