@@ -17,7 +17,6 @@ import jax
 from absl import app, flags
 
 from experiments import run as launcher
-from research.core import config as configs
 from research.core import mesh as meshes
 from research.core import provenance
 from research.core.checkpoint import CheckpointError
@@ -26,6 +25,7 @@ from research.lm import checkpoints
 from research.lm.decoder import unstack
 from research.lm.sampler import Sampler, Sampling
 from research.rewards import RewardConfig, Rewarder, RewardFailure
+from research.rl import config as rl_config
 from research.rl import trainer as rl
 from research.rl.evaluation import pass_at_k
 from research.rl.rollout import Actor, evaluate
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
 
 def measure() -> tuple[dict[str, float], dict]:
     """The figures that the flags ask for, and the settings they were obtained with."""
-    config = _of_run() if _RUN.value else None
+    config = rl_config.of_run(_RUN.value) if _RUN.value else None
     rollout = config.rollout if config else rl.RolloutConfig()
     drawn = config.eval if config else rl.EvalConfig(temperature=0.6, top_p=0.95)
     if _TASK.value:
@@ -171,16 +171,6 @@ def measure() -> tuple[dict[str, float], dict]:
         "seed": _SEED.value,
     }
     return figures, settings
-
-
-def _of_run() -> rl.Config | None:
-    """The config of a run of reinforcement learning; None for other runs."""
-    path = pathlib.Path(_RUN.value) / "config.json"
-    if not path.parent.is_dir():
-        raise ValueError(f"--run={_RUN.value}: there is no such directory")
-    if not path.exists() or json.loads(path.read_text()).get("kind") != "rl":
-        return None
-    return configs.load(path, rl.Config)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,15 @@
     python -m experiments.generate --hf=/models/Qwen2.5-1.5B-Instruct --chat --prompt='Why is the sky blue?'
     python -m experiments.generate --hf=/models/Qwen2.5-1.5B --prompts_file=prompts.jsonl --json=out.jsonl
 
+A policy that was trained with a calculator has one here too, with the same limits: results are
+spliced into its completions. --tool_calls gives one to any other model, or takes it away.
+
 A line of the prompts file is an object with `prompt` (text) or `messages` (a conversation, for
 --chat); its other keys are copied to the output. Results appear batch by batch; what is drawn for a
 prompt depends on the seed and its place alone, not on the batch.
 """
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -28,6 +32,8 @@ from research.lm import checkpoints
 from research.lm.decoder import Decoder, unstack
 from research.lm.sampler import Sampler, Sampling
 from research.lm.tokenizer import Tokenizer
+from research.rl import config as rl
+from research.rl.tools import ToolConfig, Tools
 
 _RUN = flags.DEFINE_string("run", None, "A run's directory.")
 _STEP = flags.DEFINE_string(
@@ -46,6 +52,9 @@ _TOP_P = flags.DEFINE_float("top_p", 1.0, "Keep the likeliest tokens up to this 
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Keep the k likeliest tokens; 0 keeps all.", 0)
 _INT8 = flags.DEFINE_bool(
     "int8", False, "Keep the layers' matrices as int8: half the memory of bfloat16."
+)
+_TOOL_CALLS = flags.DEFINE_integer(
+    "tool_calls", None, "Calculator calls answered in a completion; default: the run's, or none.", 0
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the random draws.")
 _BATCH = flags.DEFINE_integer("batch", 64, "Completions sampled side by side.", 1)
@@ -67,17 +76,20 @@ def generate(
     top_k: int = 0,
     seed: int = 0,
     batch: int = 64,
+    tools: ToolConfig = ToolConfig(),
 ) -> Iterator[dict[str, Any]]:
     """Completions of tokenised prompts, in order, as they are ready.
 
     Yields:
-        `index` of the prompt, `sample`, `completion` (without the token that stopped it), `tokens`
-        (how many, that one included), `stopped` (False: cut at `max_new_tokens`), `logprob` (of
-        all its tokens, at the temperature, before top-k and top-p).
+        `index` of the prompt, `sample`, `completion` (without the token that stopped it, with the
+        results of tools in their places), `tokens` (how many, all those included), `stopped`
+        (False: cut at `max_new_tokens`), `logprob` (of all tokens that the model chose, at the
+        temperature, before top-k and top-p); with tools, `calls` (how many).
 
     Raises:
         ValueError: a prompt or setting that the model cannot take, before any work.
     """
+    calculator = Tools(tools, tokenizer) if tools.calls else None
     slots = min(batch, samples * len(prompts))
     devices = min(slots, jax.device_count())
     slots = -(-slots // devices) * devices
@@ -101,6 +113,7 @@ def generate(
     size = max(1, 4 * slots // samples)  # several fillings: slots are refilled as rows end
     for start in range(0, len(prompts), size):
         chunk = range(start, min(start + size, len(prompts)))
+        session = calculator and calculator.session(len(chunk) * samples)
         out = sampler(
             params,
             [prompts[i] for i in chunk],
@@ -108,6 +121,7 @@ def generate(
             sampling,
             num_samples=samples,
             prompt_ids=chunk,
+            pauses=session and session.pauses,
         )
         for row, ids in enumerate(out.sequences):
             stopped = bool(out.stopped[row])
@@ -118,6 +132,7 @@ def generate(
                 "tokens": len(ids),
                 "stopped": stopped,
                 "logprob": float(out.logprobs[row].sum()),
+                **({"calls": int(session.calls[row])} if session else {}),
             }
 
 
@@ -171,10 +186,12 @@ def run_from_flags() -> None:
     if (_RUN.value is None) == (_HF.value is None):
         raise ValueError("give one of --run and --hf")
     rows = read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
+    trained = rl.of_run(_RUN.value) if _RUN.value else None
+    tools = trained.rollout.tools if trained else ToolConfig()
+    if _TOOL_CALLS.value is not None:
+        tools = dataclasses.replace(tools, calls=_TOOL_CALLS.value)
     step = int(_STEP.value) if (_STEP.value or "").isdigit() else _STEP.value
-    model, params, tokenizer = checkpoints.load(
-        _RUN.value or _HF.value, step, quantize=_INT8.value
-    )
+    model, params, tokenizer = checkpoints.load(_RUN.value or _HF.value, step, quantize=_INT8.value)
     prompts = encode(tokenizer, rows, chat=_CHAT.value)
     results = generate(
         model,
@@ -188,6 +205,7 @@ def run_from_flags() -> None:
         top_k=_TOP_K.value,
         seed=_SEED.value,
         batch=_BATCH.value,
+        tools=tools,
     )
     first = next(results)  # settings are refused here, before the output file is touched
     to_stdout = _JSON.value in (None, "-")

@@ -1,6 +1,7 @@
 """Generation from a published directory, by flags, against a plain greedy loop."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,20 @@ import pytest
 from absl.testing import flagsaver
 
 from experiments import generate
+from research.core import config as configs
 from research.core.checkpoint import Checkpointer
 from research.core.state import TrainState
 from research.lm import checkpoints, hf
+from research.lm.config import DecoderConfig
+from research.lm.decoder import Decoder
 from research.lm.hf import tiny
+from research.lm.sampler import Sampler, Sampling
 from research.lm.tokenizer import Tokenizer
+from research.rewards import RewardConfig, Rewarder
+from research.rl.config import Config, RolloutConfig
+from research.rl.rollout import Actor
+from research.rl.tools import ToolConfig
+from research.tasks import Problem, make
 
 PROMPTS = ["2+2=", "hello, ", "é"]
 NEW = 6
@@ -28,7 +38,7 @@ def directory(tmp_path_factory):
 def run(directory, tmp_path, **values):
     out = tmp_path / "out.jsonl"
     out.unlink(missing_ok=True)
-    values = {"hf": str(directory), "json": str(out), "max_new_tokens": NEW, **values}
+    values = {"hf": directory and str(directory), "json": str(out), "max_new_tokens": NEW} | values
     with flagsaver.flagsaver(**values):
         generate.run_from_flags()
     return [json.loads(line) for line in out.read_text().splitlines()]
@@ -126,6 +136,76 @@ def test_text_goes_to_standard_output(directory, tmp_path, capsys):
         assert out.startswith(greedy(directory, text) + "\n")
         out = out.removeprefix(greedy(directory, text) + "\n")
     assert not out
+
+
+TAGS = ["<tool>", "</tool>", "<result>", "</result>"]
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory):
+    """(directory, model, parameters, tokenizer) of a run with a calculator: its policy babbles sums and calls."""
+    tokenizer = Tokenizer.byte(TAGS, eos="<|endoftext|>")
+    model = Decoder(
+        DecoderConfig(
+            vocab_size=tokenizer.vocab_size, hidden_size=16, num_layers=1, num_heads=1,
+            num_kv_heads=1, head_dim=16, mlp_size=16, max_position=96, scan_layers=False,
+        )
+    )  # fmt: skip
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    # Every token shares one direction of the embedding: a bias in the head.
+    params["embed"]["embedding"] = params["embed"]["embedding"].at[:, 0].set(3.0)
+    liked = [*map(tokenizer.token_id, TAGS[:2]), *tokenizer.encode("12+")]
+    head = jnp.zeros_like(params["head"]["kernel"]).at[0].set(-4.0)
+    params["head"]["kernel"] = (
+        head.at[0, jnp.array(liked)].set(0.0).at[0, tokenizer.eos_id].set(-0.5)
+    )
+    path = tmp_path_factory.mktemp("caller")
+    checkpoints.describe(path, model, tokenizer)
+    configs.save(path / "config.json", Config(rollout=RolloutConfig(tools=ToolConfig(calls=2))))
+    saver = Checkpointer(path / "checkpoints")
+    saver.save(1, TrainState.create(params, optax.sgd(0.1), jax.random.key(0)))
+    saver.close()
+    return path, model, params, tokenizer
+
+
+def test_a_run_with_a_calculator_has_it_here_too(caller, tmp_path):
+    path, model, params, tokenizer = caller
+    settings = {"prompt": ["1+", "22"], "samples": 32, "max_new_tokens": 64, "seed": 3}
+    settings |= {"run": str(path), "batch": 8}  # two fillings
+    rows = run(None, tmp_path, **settings)
+    # What training would see of this policy.
+    rewarder = Rewarder(RewardConfig(), make("arithmetic"))
+    sampler = Sampler(model, slots=16, max_prompt=2, max_new_tokens=64)
+    actor = Actor(sampler, tokenizer, rewarder, tools=ToolConfig(calls=2))
+    problems = [Problem(text, text, "", 1) for text in settings["prompt"]]
+    drawn = Sampling(64, stop_ids=tokenizer.stop_ids)
+    episodes = actor(params, problems, jax.random.key(3), drawn, 32, seed=0)
+    rewarder.close()
+    assert [row["completion"] for row in rows] == episodes.texts
+    assert [row["calls"] for row in rows] == episodes.calls.tolist()
+    sums = 0
+    for row in rows:
+        called = row["completion"].split("</tool>")[:-1]
+        at_the_limit = row["completion"].endswith("</tool>")  # and perhaps not looked at
+        assert row["calls"] in (len(called), len(called) - at_the_limit)
+        told = re.findall(r"</tool><result>(.*?)</result>", row["completion"])
+        assert len(called) - len(told) in (0, 1)  # the limit may cut off the last
+        for number, (text, output) in enumerate(zip(called, told, strict=False)):
+            if number >= 2:
+                assert output == "error: no calls left"
+            elif call := re.search(r"<tool>([12]+(\+[12]+)+)$", text):
+                assert output == str(eval(call[1]))
+                sums += 1
+    assert sums
+    without = run(None, tmp_path, **settings, tool_calls=0)
+    for row, other in zip(rows, without, strict=True):
+        first, result, _ = row["completion"].partition("<result>")
+        assert other["completion"].startswith(first) and "calls" not in other
+        assert "<result>" not in other["completion"] and (result or first == other["completion"])
+    # A run without a calculator has one for the asking.
+    configs.save(path / "config.json", Config())
+    assert run(None, tmp_path, **settings) == without
+    assert run(None, tmp_path, **settings, tool_calls=2) == rows
 
 
 @pytest.mark.parametrize(
