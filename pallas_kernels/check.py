@@ -32,7 +32,7 @@ from pallas_kernels.chips import CHIPS  # noqa: E402
 HERE = pathlib.Path(__file__).parent
 RECORD, PAGE = HERE / "check.json", HERE / "README.md"
 TARGETS = ("cpu", *compile.TOPOLOGIES)
-PROCESSES, CHUNK, PATIENCE = 2, 6, 400  # cases that a process runs; seconds that a case may take
+PROCESSES, CHUNK, PATIENCE = 2, 12, 400  # cases that a process runs; seconds that a case may take
 PINNED = ("jax", "libtpu", "nvidia-cuda-nvcc")
 
 
