@@ -34,9 +34,9 @@ class RolloutConfig:
       the response limit from that loop step on (R1-Zero doubles it at update 8,200).
     template, chat: see `Actor`.
     slots: responses sampled at the same time, over this process's devices (0: all of a rollout).
-    rounds: groups whose responses all have the same reward, as after `overlong` or from a reward model, teach nothing:
-      at most so often are further problems sampled to replace them (DAPO's dynamic sampling; 1: never; None: as the
-      algorithm has it). Groups that are still missing then are filled with such ones.
+    rounds: groups whose responses are all right or all wrong, or to which a reward model gives one reward, teach
+      nothing: at most so often are further problems sampled to replace them (DAPO's dynamic sampling; 1: never; None:
+      as the algorithm has it). Groups that are still missing then are filled with such ones.
     overlong: in the last part of the length limit, as a share of it, reward falls to 1 less (DAPO's shaping; 0: not;
       None: as the algorithm has it).
     tools: see `ToolConfig`; what a tool says counts towards max_new_tokens.

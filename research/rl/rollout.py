@@ -83,6 +83,11 @@ class Episodes:
         """`measure` of these responses."""
         return measure([self.graded()])
 
+    def mixed(self) -> np.ndarray:
+        """[P] bool: problems with both right responses and others (DAPO: 0 < accuracy < 1)."""
+        share = self.of_problem([r.status == Status.RIGHT for r in self.rewards]).mean(axis=1)
+        return (share > 0) & (share < 1)
+
     def _lists(self, rows: list) -> list[list]:
         size = self.group_size
         return [rows[i : i + size] for i in range(0, len(rows), size)]

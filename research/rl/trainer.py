@@ -347,9 +347,9 @@ class _Run:
             spare: list[tuple[int, int]] = []
             for _ in range(most):
                 seen.append(self._round(params, rounds + len(seen), limit))
-                last, unequal = len(seen) - 1, self._unequal(seen[-1], limit)
-                kept += [(last, int(p)) for p in np.flatnonzero(unequal)]
-                spare = [(last, int(p)) for p in np.flatnonzero(~unequal)]
+                last, teaches = len(seen) - 1, self._teaches(seen[-1], limit)
+                kept += [(last, int(p)) for p in np.flatnonzero(teaches)]
+                spare = [(last, int(p)) for p in np.flatnonzero(~teaches)]
                 if all(gather(len(kept) >= wanted)):  # all processes sample equally often
                     break
             found = sum(gather(min(len(kept), wanted)))
@@ -389,8 +389,10 @@ class _Run:
         buffer = round(self.config.rollout.overlong * limit)
         return totals + advantages.overlong_penalty(episodes.completions.lengths, limit, buffer)
 
-    def _unequal(self, episodes: Episodes, limit: int) -> np.ndarray:
-        """[P] bool: problems that the estimator learns from, as their responses differ in reward."""
+    def _teaches(self, episodes: Episodes, limit: int) -> np.ndarray:
+        """[P] bool: problems with right responses and others; where a reward model judges, with unequal rewards."""
+        if not self.config.reward_model.path:
+            return episodes.mixed()
         problems = np.repeat(np.arange(len(episodes.problems)), episodes.group_size)
         return advantages.unequal(self._rewards(episodes, limit), problems, self.config.advantage)
 

@@ -18,6 +18,7 @@ from research.rl import trainer as rl
 from research.rl.advantages import AdvantageConfig
 from research.rl.algorithms import ALGORITHMS
 from research.rl.losses import LossConfig
+from research.rl.reward_model import RewardModelConfig
 
 NO_KL = LossConfig(kl_coef=0.0)
 
@@ -163,8 +164,11 @@ def test_the_reference_is_renewed_with_kl_in_the_reward_too(penalised):
 # Dynamic sampling, shaping, drops.
 
 
-def totals(episodes):
-    return episodes.of_problem([reward.total for reward in episodes.rewards])
+def right_and_others(episodes):
+    """[P]: 0 < accuracy < 1, of the places' verdicts."""
+    right = [reward.status == Status.RIGHT for reward in episodes.rewards]
+    groups = [right[i : i + episodes.group_size] for i in range(0, len(right), episodes.group_size)]
+    return [any(group) and not all(group) for group in groups]
 
 
 def test_groups_without_a_signal_are_replaced(tmp_path):
@@ -177,8 +181,8 @@ def test_groups_without_a_signal_are_replaced(tmp_path):
         numbers.append(int(host["rollout/rounds"]))
         assert host["rollout/kept"] == 4 and host["rollout/zero_std"] == 0
         assert int(batch["extra"]["rounds"]) == sum(numbers)
-        per_round = [np.ptp(totals(e), axis=1) > 0 for e in run.actor.given[-numbers[-1] :]]
-        assert not any(unequal[0] for unequal in per_round)
+        per_round = [right_and_others(e) for e in run.actor.given[-numbers[-1] :]]
+        assert not any(teaches[0] for teaches in per_round)
         assert sum(map(sum, per_round[:-1])) < 4 <= sum(map(sum, per_round))
         responses = {len(m["tokens"]) for m in batch["minibatches"]}
         assert len(responses) == 1  # shapes do not follow the number of rounds
@@ -194,8 +198,8 @@ def test_groups_without_a_signal_are_replaced(tmp_path):
     assert drawn == [f"arithmetic/train/{i}" for i in range(4 * sum(numbers))]
 
 
-def test_the_signal_is_in_the_reward_and_not_in_the_verdict(tmp_path):
-    """A reward model tells apart what a verifier calls alike, and gives alike scores to what it tells apart."""
+def test_the_signal_is_the_verdict_or_a_reward_models_scores(tmp_path):
+    """A reward model tells apart what a verifier calls alike, and calls alike what it tells apart."""
     scores = np.array(
         [[0.25, 0.5, 0.75, 1], [2, 2, 2, 2], [np.nan, 3, 3, np.nan], [12, 11, 12, 12]]
     )
@@ -209,9 +213,15 @@ def test_the_signal_is_in_the_reward_and_not_in_the_verdict(tmp_path):
 
     def kept(**changes):
         config = {"estimator": "dapo", "rollout": rollout(rounds=1, overlong=0.0)} | changes
-        run = fake(tmp_path, judged, **config)
-        return run._unequal(run._round(None, 0, 6), 6).tolist(), run.actor.given[0]
+        run = by_model(fake(tmp_path, judged, **config))
+        return run._teaches(run._round(None, 0, 6), 6).tolist(), run.actor.given[0]
 
+    def by_model(run):
+        run.config = dataclasses.replace(run.config, reward_model=RewardModelConfig(path="judge"))
+        return run
+
+    verified = fake(tmp_path, judged, estimator="dapo", rollout=rollout(rounds=1, overlong=1.0))
+    assert verified._teaches(verified._round(None, 0, 6), 6).tolist() == [False, True, True, True]
     assert kept()[0] == [True, False, False, True]
     assert kept(advantage=AdvantageConfig(reward_clip=10.0))[0] == [True, False, False, False]
     # Punished for every token, those of unequal lengths differ too.
@@ -219,7 +229,7 @@ def test_the_signal_is_in_the_reward_and_not_in_the_verdict(tmp_path):
     lengths = episodes.of_problem(episodes.lengths) / 6
     assert found == (np.nanmax(scores - lengths, 1) > np.nanmin(scores - lengths, 1)).tolist()
     assert found[1]
-    run = fake(tmp_path, judged, estimator="dapo", rollout=rollout(rounds=2, overlong=0.0))
+    run = by_model(fake(tmp_path, judged, estimator="dapo", rollout=rollout(rounds=2, overlong=0.0)))
     _, host = run.collect(run.init(), 0)
     assert (host["rollout/rounds"], host["rollout/kept"]) == (2, 4)
     assert host["rollout/zero_std"] == 0
