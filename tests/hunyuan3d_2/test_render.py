@@ -216,6 +216,15 @@ def test_the_frame_is_centred_on_the_box_and_as_wide_as_said():
             cameras.frame(bad)
 
 
+def test_cameras_do_not_turn_round_at_the_poles():
+    """§8.9: a right vector made with an up vector has no direction there, and the opposite one beyond."""
+    for pole in (-90, 90):
+        near = cameras.rotations(np.full(3, 30.0), pole + np.array([-1e-6, 0, 1e-6]))
+        assert np.ptp(near, axis=0).max() < 1e-6
+        right = [np.cos(np.deg2rad(30)), 0, -np.sin(np.deg2rad(30))]
+        np.testing.assert_allclose(near[1, 0], right, atol=1e-12)
+
+
 def test_views_have_the_numbers_of_the_released_model():
     ids = [cameras.view_id(azimuth, elevation) for azimuth, elevation, _ in cameras.TEXTURE_VIEWS]
     assert ids == [21, 12, 15, 18, 43, 37]
