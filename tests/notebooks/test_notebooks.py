@@ -9,6 +9,14 @@ SMALL = {
     "01_quickstart": {"base_steps": 60, "rollouts": 3, "problems": 8},
     "02_lightning_attention": {"lengths": (256, 512)},
     "03_policy_optimisation": {"batches": 50},
+    "06_shape_generation": {
+        "checkpoint": "none",
+        "shapes": 2,
+        "vae_steps": 40,
+        "dit_steps": 10,
+        "steps": 4,
+        "resolution": 24,
+    },
 }
 PRINTED = {
     "01_quickstart": ("held-out pass@1", "without 'wait'"),
@@ -22,6 +30,7 @@ PRINTED = {
         "k3 as a loss: the gradient is that of KL(ref, pi)",
         "k1 as a loss: the gradient is 0",
     ),
+    "06_shape_generation": ("training tiny ones", "'watertight': True", "<iframe"),
 }
 
 
@@ -46,5 +55,6 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     ).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in outputs), "no plot was drawn"
-    text = "".join(output.get("text", "") for output in outputs)
+    shown = [output.get("text", output.get("data", {}).get("text/html", "")) for output in outputs]
+    text = "".join(shown)
     assert all(words in text for words in PRINTED[path.stem])
