@@ -208,7 +208,7 @@ def test_a_mesh_stands_as_its_field_does(loaded, monkeypatch):
 
     monkeypatch.setattr(pipeline, "decode_grid", decode)
     mesh = loaded(picture(), **FAST).mesh
-    np.testing.assert_allclose(mesh.bounds, [low, high], atol=0.03)
+    np.testing.assert_allclose(mesh.bounds, [low, high], atol=3e-3)
     assert mesh.volume == pytest.approx(np.prod(high - low), rel=0.1)
 
 
