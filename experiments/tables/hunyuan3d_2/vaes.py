@@ -27,7 +27,7 @@ ARMS = ("default", "uniform", "learned", "fixed")
 
 
 def _cpu() -> trainer.Config:
-    """0.4 M parameters."""
+    """0.3 M parameters."""
     model = VAEConfig(
         num_tokens=64, latent_dim=8, width=64, heads=2, encoder_layers=1, decoder_layers=3,
         uniform_points=256, sharp_points=256, downsample_ratio=8,
