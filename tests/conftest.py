@@ -16,14 +16,16 @@ os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {Q
 os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
 _CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Most programs are tiny, and many alike.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes read flags
-gc.set_threshold(20_000)  # tracing makes many objects that live on; by default a twentieth of the time goes into them
+# Tracing makes many objects that live on; by default a twentieth of the time goes into collections.
+gc.set_threshold(20_000)
 
 _PROCESS = """
 import importlib, pathlib, sys

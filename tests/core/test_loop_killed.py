@@ -25,6 +25,7 @@ def start(workdir, *arguments, **environment):
             "PYTHONPATH": str(HERE.parents[1]),
             "XLA_FLAGS": "--xla_backend_optimization_level=0",
             "JAX_PLATFORMS": "cpu",
+            "JAX_ENABLE_COMPILATION_CACHE": "false",  # or what is killed leaves halves in it
         }
         | environment,
         stdout=subprocess.PIPE,
