@@ -175,13 +175,17 @@ def figure(results: Results, path: pathlib.Path) -> None:
         for k, which in enumerate(("ranges", "family")):
             levels = [scores.level(results, "dit", score(which, way)) for way in made]
             axes[2].plot([_count(w) for w in made], [x.value for x in levels], "o-", color=f"C{k}")
-        axes[2].set(xlabel="steps", xscale="log", title="dit, by steps")
+        counts = [_count(way) for way in made]
+        axes[2].set(xlabel="steps", xscale="log", title="dit, by steps", xticks=counts)
+        axes[2].set_xticklabels(counts)
+        axes[2].minorticks_off()
     arms = [arm for arm in ARMS if results.get(arm)]
     for k, which in enumerate(("ranges", "family")):
         for i, arm in enumerate(arms):
             x = scores.level(results, arm, score(which, "matched"))
             _point(axes[3], i + 0.25 * k, x, k, None)
     axes[3].set(xticks=range(len(arms)), xticklabels=arms, title="matched, by transformer")
+    axes[3].set_xlim(-0.5, len(arms))
     axes[0].set_ylabel("V-IoU")
     for axis in axes:
         axis.grid(alpha=0.3)
