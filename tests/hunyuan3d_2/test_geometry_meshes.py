@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from research.hunyuan3d_2.geometry import cleaning, meshes
+from research.hunyuan3d_2.geometry import cleaning, meshes, topology
 from research.hunyuan3d_2.geometry.meshes import MeshError
 
 BOX = trimesh.creation.box()  # side 1 about 0
@@ -244,3 +244,18 @@ def test_decimation_keeps_a_closed_mesh_closed_and_its_volume():
     assert len(cleaning.decimate(BOX, 100).faces) == 12
     with pytest.raises(ValueError, match="at least 4"):
         cleaning.decimate(ball, 3)
+
+
+def test_pinches_of_decimation_become_points_where_the_shape_allows(monkeypatch):
+    """Of two balls that share one short edge both keep their shape; two boxes would lose theirs."""
+    ball = trimesh.creation.icosphere(3)
+    middle = ball.vertices[ball.edges_unique[0]].mean(0)
+    balls = joined(ball, turned(mesh(2 * middle - ball.vertices, ball.faces)))
+    boxes = joined(BOX, moved(BOX, 1, 1, 0))
+    for pinched, loose in ((balls, True), (boxes, False)):
+        welded = topology.weld(np.array(pinched.vertices), np.array(pinched.faces), 1e-6)
+        assert (topology.edges(welded[1]).faces == 4).sum() == 1
+        monkeypatch.setattr(cleaning.solids, "simplify", lambda *_, welded=welded: welded)
+        found = cleaning.decimate(trimesh.creation.icosphere(4), 4000)
+        assert meshes.check(found).closed and found.is_watertight == loose
+        assert found.volume == pytest.approx(pinched.volume, rel=1e-3)
