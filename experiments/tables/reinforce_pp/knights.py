@@ -1,8 +1,8 @@
 """Figure 4: knights and knaves by the number of people, some more than any that it was trained on.
 
 At `cpu` scale all statements are of the number of knights, so that a tiny decoder can think them through in few words
-(`research.reinforce_pp.knights_data`). Trained on 3 and 4 people (of 2 there are nineteen problems); tested on these, on
-5, of which the base model has read, and on 6, of which it has not.
+(`research.reinforce_pp.knights_data`). Trained on 3 and 4 people (of 2 there are nineteen problems); tested on these,
+on 5, of which the base model has read, and on 6, of which it has not.
 """
 
 import pathlib
