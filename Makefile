@@ -19,11 +19,13 @@ run: $(VENV)/.installed
 	$(BIN)/python -m experiments.run --config=experiments/configs/deepseek_r1/quickstart.py $(ARGS)
 
 # A small Hunyuan3D to make meshes of images with: shapes to learn, the VAE, the transformer; each goes on where it was.
-shape-model: $(VENV)/.installed-shape
-	$(BIN)/python -m research.hunyuan3d_2.data.build --out=data/shapes --train=2000 --heldout=200 --workers=2
+shape-model: data/shapes/heldout/index.json
 	$(BIN)/python -m experiments.run --config=experiments/configs/hunyuan3d_2/vae.py --workdir=runs/vae
 	$(BIN)/python -m experiments.run --config=experiments/configs/hunyuan3d_2/dit.py --workdir=runs/dit
 	@echo "Now: $(BIN)/python -m experiments.shape --image=chair.png --checkpoint=runs/dit --out=chair.glb"
+
+data/shapes/heldout/index.json: | $(VENV)/.installed-shape
+	$(BIN)/python -m research.hunyuan3d_2.data.build --out=data/shapes --train=2000 --heldout=200 --workers=2
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) $(PYTEST_ARGS)
@@ -56,8 +58,9 @@ bench: $(VENV)/.installed-all
 # The papers' tables at the scale of this machine, each with its own seeds: one to two hours for a paper on two cores.
 # make tables TABLES=minimax_01/cost
 TABLES ?= deepseek_r1/zero $(addprefix minimax_01/,scaling retrieval architecture length cost) \
-  $(addprefix reinforce_pp/,bias proxy noise comparison overfit knights transfer tools)
-tables: $(VENV)/.installed
+  $(addprefix reinforce_pp/,bias proxy noise comparison overfit knights transfer tools) \
+  $(addprefix hunyuan3d_2/,reconstruction decoding generation)
+tables: $(VENV)/.installed $(if $(findstring hunyuan3d_2,$(TABLES)),data/shapes/heldout/index.json)
 	for table in $(TABLES); do $(BIN)/python -m experiments.table $$table --scale=cpu $(ARGS) || exit 1; done
 
 lint: $(VENV)/.installed-dev

@@ -162,7 +162,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def markdown(rows: Sequence[Row]) -> str:
     """What README.md shows of the rows: ours, the rival, the ratio."""
-    lines = ["| two CPU cores | ours | rival | ratio |", "|---|---|---|---|"]
+    lines = ["| | ours | rival | ratio |", "|---|---|---|---|"]
     for r in rows:
         rival = r.rival_name if r.rival is None else f"{_number(r.rival)} ({r.rival_name})"
         ratio = "-" if r.ratio is None else f"{r.ratio:.2f}x"

@@ -105,7 +105,7 @@ def test_killed_again_and_again(undisturbed, tmp_path, places):
 def test_killed_from_outside_at_any_moment(undisturbed, tmp_path):
     chance = random.Random(0)
     kills = 0
-    for _ in range(6):
+    for _ in range(10):
         process = start(tmp_path, PAUSE="0.3")
         assert process.stdout.readline() == "begins\n"  # all before that is imports
         time.sleep(chance.uniform(0, 3))

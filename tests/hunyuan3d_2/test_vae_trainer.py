@@ -254,6 +254,17 @@ def test_training_starts_with_latents_that_can_be_read():
     assert np.exp(0.5 * logvar).mean() < 0.3 * np.std(mean)
 
 
+def test_training_starts_with_small_branches():
+    """What the blocks add to the residual stream: kernels with 0.1 of the usual variance, 1 / inputs."""
+    ends = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(vae_model.init(TINY, jax.random.key(0))):
+        if path[-1].key == "kernel":
+            size = leaf.std() * leaf.shape[0] ** 0.5
+            ends.append(path[-2].key == "c_proj")
+            assert size == pytest.approx(0.1**0.5 if ends[-1] else 1, rel=0.25), path
+    assert sum(ends) == 8 and len(ends) > 16
+
+
 @pytest.mark.parametrize("variant", ["", "uniform", "learned", "fixed", "gpu", "finetune"])
 def test_the_experiment_files_are_configurations(variant):
     file = importlib.import_module("experiments.configs.hunyuan3d_2.vae")
