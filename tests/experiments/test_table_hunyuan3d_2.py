@@ -13,6 +13,7 @@ from experiments import table as reproducer
 from experiments.tables.base import over_seeds
 from experiments.tables.hunyuan3d_2 import (
     TABLES,
+    alignment,
     decoding,
     flows,
     generated,
@@ -198,6 +199,7 @@ def made(seed, ranges, family, **ways):
     surfaces = {way: of(0.5) for way in ("matched", "shuffled", "retrieved")}
     return {
         "family": FAMILIES, "flow": 0.8, "v_iou": v_iou, "f_score": surfaces, "silhouette": surfaces,
+        "alignment": surfaces | {"truth": of(0.9)}, "found": {"matched": of(0.5), "truth": of(1.0)},
         "v_iou of others": {way: of(x) for way, x in others.items()},
     }  # fmt: skip
 
@@ -372,19 +374,24 @@ def test_rows_run(tmp_path, monkeypatch):
     )  # fmt: skip
     asked = EvalConfig(64, 64, shapes=2)
     monkeypatch.setitem(vaes.RECIPES, "cpu", dataclasses.replace(vae, eval=asked))
+    encoder = dataclasses.replace(
+        alignment.SCALES["cpu"], points=64, batch_size=4, loop=LoopConfig(**TINY), optim=OPTIM
+    )
     vaes.recipe.cache_clear()
+    alignment.trained.cache_clear()
     for module, value in (
         (vaes, vae),
         (reconstruction, EvalConfig(64, 64)),
         (decoding, decoding.Settings(resolution=12, shapes=2, points=200)),
         (flows, flow),
+        (alignment, encoder),
     ):
         monkeypatch.setitem(module.SCALES, "cpu", value)
     with flagsaver.flagsaver(shapes=str(data), vaes=str(tmp_path / "vaes")):
         for name, rows in ROWS.items():
             run_table(TABLES[name], rows, tmp_path)
     made = {path.parent.name for path in (tmp_path / "vaes").glob("cpu/**/checkpoints")}
-    assert made == {"seed0", "recipe"}
+    assert made == {"seed0", "recipe", "alignment"}
     assert (tmp_path / "hunyuan3d_2/generation/dit/seed0/shapes.png").stat().st_size > 1000
 
 

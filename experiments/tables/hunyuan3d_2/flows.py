@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from experiments.configs.hunyuan3d_2 import dit as dit_config
-from experiments.tables.hunyuan3d_2 import generated, scores, vaes
+from experiments.tables.hunyuan3d_2 import alignment, generated, scores, vaes
 from research.core import loop
 from research.core.loop import LoopConfig
 from research.hunyuan3d_2.data import families, shapes
@@ -57,10 +57,10 @@ def _cpu() -> Settings:
         ),
         image_size=32,
         batch_size=16,
-        ema_decay=0.99,
+        ema_decay=0.995,
         optim=dataclasses.replace(dit_config.RECIPE, name="muon", lr=2e-3, warmup_steps=50),
         eval=trainer.EvalConfig(shapes=0, loss_shapes=64),
-        loop=LoopConfig(steps=350, log_every=10, checkpoint_every=200),
+        loop=LoopConfig(steps=1500, log_every=10, checkpoint_every=500),
     )  # fmt: skip
     return Settings(
         config, cross_depth=8, views=1, ranges=40, family=24, points=2048, resolution=28, steps=10
@@ -157,7 +157,9 @@ def measure(scale: str, arm: str, seed: int, directory: pathlib.Path, results: A
         "flow": _held_out_loss(directory),
         "v_iou": {way: scores.packed(x) for way, x in v_iou.items()},
     }
-    return figures | (maker.surfaces(made, directory / "shapes.png") if arm == "dit" else {})
+    if arm == "dit":
+        figures |= maker.surfaces(made, directory / "shapes.png", alignment.trained(scale))
+    return figures
 
 
 class Maker:
@@ -171,9 +173,9 @@ class Maker:
         self.decode = latents.decoder(self.vae, self.vae_params)
         self.shapes, self.families = scored(vaes.heldout(), s)
         self.points_NQ4 = np.stack([shape["volume"][: s.points] for shape in self.shapes])
-        images = on_white(np.stack([shape["views"][generated.FRONT] for shape in self.shapes]))
+        self.images = on_white(np.stack([shape["views"][generated.FRONT] for shape in self.shapes]))
         tower = load_tower(made.tower, made.image_size)
-        self.tokens_NTE = np.asarray(jax.jit(tower.apply)(self.params["tower"], images))
+        self.tokens_NTE = np.asarray(jax.jit(tower.apply)(self.params["tower"], self.images))
         self.other, self.relative = generated.others(self.families, seed)
 
     def make(self, way: str, steps: int | None = None, guidance: float | None = None) -> np.ndarray:
@@ -199,10 +201,14 @@ class Maker:
             for x_LC, points_Q4 in zip(latents_NLC, self.points_NQ4, strict=True)
         ]  # fmt: skip
 
-    def surfaces(self, made: Mapping[str, np.ndarray], path: pathlib.Path) -> dict:
-        """F-scores and silhouettes of what was made, and of the nearest training shape; a picture of some.
+    def surfaces(
+        self, made: Mapping[str, np.ndarray], path: pathlib.Path, encoder: alignment.Scorer
+    ) -> dict:
+        """F-scores, silhouettes and cosines with the image, of what was made and of the nearest training shape; a
+        picture of some.
 
-        The V-IoU of what is retrieved is the training shape's own, and beside it that of its reconstruction.
+        The V-IoU of what is retrieved is the training shape's own, and beside it that of its reconstruction. `found`
+        says for each image whether its own shape's cosine is the highest of all.
         """
         known = shapes.open_split(vaes.data(), "train")
         found = [known[i] for i in generated.nearest(known, self.shapes)]
@@ -236,12 +242,24 @@ class Maker:
             "f_score": partial(generated.f_score, seed=self.seed),
             "silhouette": generated.silhouette_iou,
         }
-        return {"v_iou of others": {way: scores.packed(x) for way, x in extra.items()}} | {
+        figures = {"v_iou of others": {way: scores.packed(x) for way, x in extra.items()}} | {
             name: {
                 way: scores.packed([score(a, b) for a, b in zip(of, truth, strict=True)])
                 for way, of in meshes.items()
             }
             for name, score in compared.items()
+        }
+        cosines = {
+            way: encoder.cosines(self.images, of, self.seed)
+            for way, of in (meshes | {"truth": truth}).items()
+        }
+        own = np.arange(len(truth))
+        return figures | {
+            "alignment": {way: scores.packed(np.diag(x_NN)) for way, x_NN in cosines.items()},
+            "found": {
+                way: scores.packed(np.argmax(cosines[way], axis=1) == own)
+                for way in ("matched", "truth")
+            },
         }
 
     def _mesh(self, latents_LC: np.ndarray):

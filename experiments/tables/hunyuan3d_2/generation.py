@@ -20,6 +20,7 @@ SETS = {  # label → whether a shape of this family is of it
     "family": lambda family: family == families.HELD_OUT,
     "all": lambda family: True,
 }
+SURFACES = ("f_score", "silhouette", "alignment")  # what surfaces are scored by
 
 
 def score(which: str, way: str, metric: str = "v_iou") -> scores.Read:
@@ -49,9 +50,14 @@ def _follows(which: str, results: Results) -> Verdict:
     }
     numbers |= gains
     numbers["matched - another of the family"] = _less(results, which, "matched", "relative")
-    for metric in ("f_score", "silhouette"):
+    for metric in SURFACES:
         numbers[f"{metric}: matched - shuffled"] = _less(
             results, which, "matched", "shuffled", metric
+        )
+    for way in ("matched", "truth"):
+        numbers[f"alignment: {way}"] = scores.level(results, "dit", score(which, way, "alignment"))
+        numbers[f"told from all others: {way}"] = scores.level(
+            results, "dit", score(which, way, "found")
         )
     ceiling = score(which, "reconstructed", "v_iou of others")
     numbers["the VAE's own"] = scores.level(results, "dit", ceiling)
@@ -66,7 +72,7 @@ def _beats_retrieval(results: Results) -> Verdict:
                 results, "dit", "dit",
                 score(which, "matched"), score(which, way, "v_iou of others"),
             )  # fmt: skip
-        for metric in ("f_score", "silhouette"):
+        for metric in SURFACES:
             numbers[f"{which}: {metric}: matched - retrieved"] = _less(
                 results, which, "matched", "retrieved", metric
             )

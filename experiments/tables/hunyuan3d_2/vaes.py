@@ -21,7 +21,9 @@ _SHAPES = flags.DEFINE_string(
     "hunyuan3d_2: prepared shapes, as research.hunyuan3d_2.data.build makes them.",
 )
 _VAES = flags.DEFINE_string(
-    "vaes", "runs/tables/hunyuan3d_2/vaes", "hunyuan3d_2: where trained VAEs are kept."
+    "vaes",
+    "runs/tables/hunyuan3d_2/vaes",
+    "hunyuan3d_2: where trained VAEs, and the encoder that scores, are kept.",
 )
 ARMS = ("default", "uniform", "learned", "fixed")
 
@@ -29,7 +31,7 @@ ARMS = ("default", "uniform", "learned", "fixed")
 def _cpu() -> trainer.Config:
     """0.3 M parameters."""
     model = VAEConfig(
-        num_tokens=64, latent_dim=8, width=64, heads=2, encoder_layers=1, decoder_layers=3,
+        num_tokens=64, latent_dim=8, width=64, heads=2, encoder_layers=1, decoder_layers=3, num_freqs=5,
         uniform_points=256, sharp_points=256, downsample_ratio=8,
     )  # fmt: skip
     return trainer.Config(
@@ -37,14 +39,14 @@ def _cpu() -> trainer.Config:
         model=model,
         batch_size=8,
         micro_rows=1,
-        points=768,
+        points=512,
         token_counts=(16, 32, 64),
         truncation=0.1,
         optim=OptimConfig(
             name="muon", lr=6e-3, b2=0.99, weight_decay=0.01, schedule="cosine", warmup_steps=50,
             final_fraction=0.02,
         ),
-        loop=LoopConfig(steps=500, log_every=10, checkpoint_every=200),
+        loop=LoopConfig(steps=3000, log_every=10, checkpoint_every=500),
     )  # fmt: skip
 
 
@@ -92,8 +94,12 @@ def recipe(scale: str) -> pathlib.Path:
     return _run(dataclasses.replace(RECIPES[scale], data=data()), f"{scale}/recipe")
 
 
+def directory(name: str) -> pathlib.Path:
+    """Where what several rows share is kept."""
+    return pathlib.Path(_VAES.value) / name
+
+
 def _run(config: trainer.Config, name: str, **given) -> pathlib.Path:
-    directory = pathlib.Path(_VAES.value) / name
-    run = trainer.build(config, directory, **given)
-    loop.run(run, config.loop, directory, fingerprint_of=config, name=f"VAE {name}")
-    return directory
+    run = trainer.build(config, directory(name), **given)
+    loop.run(run, config.loop, directory(name), fingerprint_of=config, name=f"VAE {name}")
+    return directory(name)
