@@ -20,8 +20,8 @@ run: $(VENV)/.installed
 
 # A small Hunyuan3D to make meshes of images with: shapes to learn, the VAE, the transformer; each goes on where it was.
 shape-model: data/shapes/heldout/index.json
-	$(BIN)/python -m experiments.run --config=experiments/configs/hunyuan3d_2/vae.py --workdir=runs/vae
-	$(BIN)/python -m experiments.run --config=experiments/configs/hunyuan3d_2/dit.py --workdir=runs/dit
+	$(BIN)/python -m experiments.run --config=experiments/configs/hunyuan3d_2/vae.py --workdir=runs/vae $(ARGS)
+	$(BIN)/python -m experiments.run --config=experiments/configs/hunyuan3d_2/dit.py --workdir=runs/dit $(ARGS)
 	@echo "Now: $(BIN)/python -m experiments.shape --image=chair.png --checkpoint=runs/dit --out=chair.glb"
 
 data/shapes/heldout/index.json: | $(VENV)/.installed-shape

@@ -15,20 +15,10 @@ import dataclasses
 
 from research.core.config import to_config_dict
 from research.core.loop import LoopConfig
-from research.core.optim import OptimConfig
 from research.hunyuan3d_2.dit.config import PRESETS, DiTConfig
 from research.hunyuan3d_2.dit.trainer import Config, EvalConfig
 
-RECIPE = OptimConfig(
-    lr=1e-5,
-    b1=0.9,
-    b2=0.99,
-    eps=1e-6,
-    weight_decay=0.01,
-    clip_norm=1.0,
-    schedule="cosine",
-    warmup_steps=50,
-)
+RECIPE = Config().optim
 
 
 def get_config(arg: str = ""):
