@@ -9,7 +9,7 @@ import pytest
 from research.core import loop
 from research.core.loop import LoopConfig
 from research.hunyuan3d_2.data import shapes
-from research.hunyuan3d_2.dit import checkpoint, latents, trainer
+from research.hunyuan3d_2.dit import checkpoint, examples, latents, trainer
 from research.hunyuan3d_2.dit.config import DiTConfig
 from research.hunyuan3d_2.dit.tower import load_tower
 from research.hunyuan3d_2.vae import checkpoint as vae_checkpoint
@@ -87,7 +87,7 @@ def test_towers_are_found_by_name():
 
 
 @pytest.mark.slow
-def test_from_meshes_to_a_trained_step(params, tmp_path):
+def test_from_meshes_to_a_trained_step(params, tmp_path, monkeypatch):
     pools = shapes.PoolConfig(uniform=64, sharp=64, queries=64, views=4, view_size=16)
     for split in ("train", "heldout"):
         shapes.build(shapes.FamilySource(split, 4), tmp_path / "shapes", pools)
@@ -121,9 +121,25 @@ def test_from_meshes_to_a_trained_step(params, tmp_path):
     description, loaded = checkpoint.load_run(tmp_path / "run")
     assert description.scale_factor == 1.5 and description.vae == str(tmp_path / "vae")
     assert set(loaded) == {"dit", "tower"}
-    shape = latents.load(config.data, config.vae, 4)[1][0]
+    shape = latents.load(config.data, config.vae, config.model)[1][0]
     assert shape["image"].shape == (4, 16, 16, 4) and shape["points"].shape == (64, 3)
     assert shape["distance"].shape == (64,) and shape["mean"].shape == (4, 3)
+
+    def encodes(*given):
+        raise AssertionError("encoded before it was refused")
+
+    monkeypatch.setattr(latents, "encoded", encodes)
+    model = config.model
+    for changes, message in (
+        ({"batch_size": 3, "micro_rows": 2}, "batch_size=3 must be a multiple"),
+        ({"model": dataclasses.replace(model, cond_dim=64)}, "tokens have size 128"),
+        ({"model": dataclasses.replace(model, latent_dim=5)}, r"are \[L, 3\], the model's are \[L, 5\]"),
+        ({"vae": str(tmp_path / "none")}, "none"),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            trainer.build(dataclasses.replace(config, **changes), tmp_path / "run2")
+    with pytest.raises(ValueError, match="views=2 needs shapes with the four named views"):
+        examples.check(model, 2, 3, 3)
 
     released = {name: x for name, x in params.items() if name not in ("encoder", "pre_kl")}
     vae_checkpoint.save(tmp_path / "decoder", VAE, released, "float32")

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.configs.hunyuan3d_2 import dit as dit_config
+from experiments.configs.hunyuan3d_2 import vae as vae_config
 from research.core import config as configs
 from research.core import loop
 from research.core.loop import LoopConfig
 from research.core.optim import OptimConfig
 from research.hunyuan3d_2.dit import checkpoint, examples, multiview, trainer
 from research.hunyuan3d_2.dit.config import DiTConfig
-from research.hunyuan3d_2.dit.flow import FlowConfig
+from research.hunyuan3d_2.dit.flow import FlowConfig, row_errors
 from research.hunyuan3d_2.dit.tower import Tower
 from research.hunyuan3d_2.render import shading
 
@@ -129,6 +131,40 @@ def test_it_learns_the_condition_averages_and_says_what_it_trained(tmp_path):
     for tree in (start.params, start.extra["online"]):
         for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
             np.testing.assert_array_equal(a, b)
+    # Other shapes are scaled as those were that the run learned, and images have the size that its tower knows.
+    further = make_config(model=None, init_from=str(tmp_path))
+    assert trainer._model(further)[2] == description.scale_factor
+    assert trainer._model(dataclasses.replace(further, scale_factor=2.0))[2] == 2.0
+    for other in ({"image_size": 16}, {"tower": "small"}):
+        with pytest.raises(
+            ValueError, match="learned with tower='tiny' and image_size=8, not with"
+        ):
+            trainer._model(dataclasses.replace(further, **other))
+
+
+def test_all_that_is_drawn_for_a_row_is_independent():
+    """Time, noise and the posterior's sample of 400 rows: no correlation beyond chance, of the first numbers or any."""
+    seeds = np.random.default_rng(0).integers(2**32, size=(400, 2), dtype=np.uint32)
+    seen = []
+
+    class Watching:
+        config = MODEL
+
+        def apply(self, params, x_BLC, t_B, cond_BTE, guidance_B):
+            seen.append(x_BLC / (1 - t_B)[:, None, None])  # of x_1 = 0, so this is x_0
+            return x_BLC
+
+    zeros = jnp.zeros((400, 4, 3))
+    _, t_B = row_errors(
+        Watching(), {}, zeros, jnp.zeros((400, 1, 8)), trainer._keys(seeds), FlowConfig()
+    )
+    epsilon = trainer.draw_latents({"mean": zeros, "logvar": zeros, "seed": seeds}, 1.0)
+    drawn = np.concatenate(
+        [jax.scipy.stats.norm.ppf(t_B)[:, None], seen[0].reshape(400, -1), epsilon.reshape(400, -1)], 1
+    )  # fmt: skip
+    assert drawn.shape == (400, 25)
+    correlation = np.corrcoef(drawn.T) - np.eye(25)
+    assert np.abs(correlation).max() < 5 / 20  # five standard errors
 
 
 def test_the_average_is_what_it_says():
@@ -283,6 +319,19 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         make_config(ema_decay=1.0)
     with pytest.raises(ValueError, match="cond_dropout"):
         FlowConfig(cond_dropout=1.0)
+
+
+@pytest.mark.parametrize("variant", ["", "cross", "gpu", "finetune"])
+def test_the_experiment_files_are_configurations(variant):
+    config = configs.from_config_dict(trainer.Config, dit_config.get_config(variant))
+    if variant == "finetune":  # the published recipe
+        assert config.optim == trainer.Config().optim and config.optim.lr == 1e-5
+    else:  # its VAE's file has the same name
+        vae = vae_config.config("" if variant == "cross" else variant).model
+        assert config.model.latent_dim == vae.latent_dim
+        assert config.model.num_latents <= vae.num_tokens
+    with pytest.raises(ValueError, match="no variant 'cup'"):
+        dit_config.get_config("cup")
 
 
 def test_a_config_goes_through_flags():

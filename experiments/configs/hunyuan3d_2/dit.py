@@ -54,7 +54,7 @@ def cross() -> Config:
 
 def gpu() -> Config:
     model = DiTConfig(
-        num_latents=256, latent_dim=16, cond_dim=384, hidden_size=512, num_heads=8, depth=8, single_depth=16,
+        num_latents=256, latent_dim=32, cond_dim=384, hidden_size=512, num_heads=8, depth=8, single_depth=16,
         dtype="bfloat16",
     )  # fmt: skip
     return dataclasses.replace(

@@ -54,13 +54,18 @@ def measure(scale: str, seed: int, directory: pathlib.Path, results: Any) -> dic
         "shapes": [shape.name for shape in chosen],
         "resolution": s.resolution,
     }
+
+    def decoded(way: str, mean_LC: np.ndarray) -> grid.Grid:
+        config = GridConfig(resolution=s.resolution, **WAYS[way])
+        return grid.decode_grid(ShapeVAE(model), params, mean_LC, config)
+
+    for way in WAYS:  # compiles
+        decoded(way, mean_NLC[0])
     for shape, mean_LC in zip(chosen, mean_NLC, strict=True):
         made, seconds = {}, {}
-        for way, how in WAYS.items():
+        for way in WAYS:
             began = time.perf_counter()
-            made[way] = grid.decode_grid(
-                ShapeVAE(model), params, mean_LC, GridConfig(resolution=s.resolution, **how)
-            )
+            made[way] = decoded(way, mean_LC)
             seconds[way] = time.perf_counter() - began
         row = compare(made, shape, truncation, s.points, seed) | {
             f"seconds, {way}": round(x, 2) for way, x in seconds.items()

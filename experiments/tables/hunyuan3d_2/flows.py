@@ -71,7 +71,6 @@ def _gpu() -> Settings:
     made = dit_config.gpu()
     config = dataclasses.replace(
         made,
-        model=dataclasses.replace(made.model, latent_dim=vaes.RECIPES["gpu"].model.latent_dim),
         eval=trainer.EvalConfig(shapes=0, loss_shapes=200),
         loop=dataclasses.replace(made.loop, steps=50_000),
     )
@@ -133,7 +132,7 @@ def measure(scale: str, arm: str, seed: int, directory: pathlib.Path, results: A
     del results
     s, vae = SCALES[scale], vaes.recipe(scale)
     config = dataclasses.replace(configured(s, arm), seed=seed, data=vaes.data(), vae=str(vae))
-    train, held, _, _ = latents.load(config.data, config.vae, config.model.num_latents)
+    train, held, _, _ = latents.load(config.data, config.vae, config.model)
     run = trainer.build(
         config, directory, examples=_Views(train, s.views), eval_examples=_Views(held, s.views)
     )
@@ -204,11 +203,12 @@ class Maker:
     def surfaces(
         self, made: Mapping[str, np.ndarray], path: pathlib.Path, encoder: alignment.Scorer
     ) -> dict:
-        """F-scores, silhouettes and cosines with the image, of what was made and of the nearest training shape; a
-        picture of some.
+        """F-scores and silhouettes of what was made and of the nearest training shape, cosines with the image of what
+        was made and of the shape itself; a picture of some.
 
-        The V-IoU of what is retrieved is the training shape's own, and beside it that of its reconstruction. `found`
-        says for each image whether its own shape's cosine is the highest of all.
+        The V-IoU of what is retrieved is the training shape's own, and beside it that of its reconstruction. Cosines
+        leave it out, which the encoder has learned. `found` says for each image whether its own shape's cosine is the
+        highest of all.
         """
         known = shapes.open_split(vaes.data(), "train")
         found = [known[i] for i in generated.nearest(known, self.shapes)]
@@ -249,10 +249,8 @@ class Maker:
             }
             for name, score in compared.items()
         }
-        cosines = {
-            way: encoder.cosines(self.images, of, self.seed)
-            for way, of in (meshes | {"truth": truth}).items()
-        }
+        unseen = {way: meshes[way] for way in ("matched", "shuffled")} | {"truth": truth}
+        cosines = {way: encoder.cosines(self.images, of, self.seed) for way, of in unseen.items()}
         own = np.arange(len(truth))
         return figures | {
             "alignment": {way: scores.packed(np.diag(x_NN)) for way, x_NN in cosines.items()},

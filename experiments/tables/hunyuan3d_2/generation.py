@@ -20,7 +20,6 @@ SETS = {  # label → whether a shape of this family is of it
     "family": lambda family: family == families.HELD_OUT,
     "all": lambda family: True,
 }
-SURFACES = ("f_score", "silhouette", "alignment")  # what surfaces are scored by
 
 
 def score(which: str, way: str, metric: str = "v_iou") -> scores.Read:
@@ -50,7 +49,7 @@ def _follows(which: str, results: Results) -> Verdict:
     }
     numbers |= gains
     numbers["matched - another of the family"] = _less(results, which, "matched", "relative")
-    for metric in SURFACES:
+    for metric in ("f_score", "silhouette", "alignment"):
         numbers[f"{metric}: matched - shuffled"] = _less(
             results, which, "matched", "shuffled", metric
         )
@@ -72,7 +71,7 @@ def _beats_retrieval(results: Results) -> Verdict:
                 results, "dit", "dit",
                 score(which, "matched"), score(which, way, "v_iou of others"),
             )  # fmt: skip
-        for metric in SURFACES:
+        for metric in ("f_score", "silhouette"):
             numbers[f"{which}: {metric}: matched - retrieved"] = _less(
                 results, which, "matched", "retrieved", metric
             )

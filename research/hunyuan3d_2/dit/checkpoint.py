@@ -225,6 +225,10 @@ def describe(workdir: str | os.PathLike, description: Description) -> None:
     configs.save(path, description)
 
 
+def is_run(source: str | os.PathLike) -> bool:
+    return (pathlib.Path(source) / DESCRIPTION).is_file()
+
+
 def load_run(
     directory: str | os.PathLike, step: int | Literal["best"] | None = None
 ) -> tuple[Description, dict[str, Any]]:
@@ -233,22 +237,22 @@ def load_run(
     `step` chooses a checkpoint: None for the newest. Raises ValueError for what is no run, CheckpointError for one
     without a checkpoint.
     """
-    path = pathlib.Path(directory) / DESCRIPTION
-    if not path.is_file():
+    if not is_run(directory):
         raise ValueError(f"{directory} is no run of a shape transformer: it has no {DESCRIPTION}")
-    return configs.load(path, Description), checkpoint.load_params(directory, step)
+    description = configs.load(pathlib.Path(directory) / DESCRIPTION, Description)
+    return description, checkpoint.load_params(directory, step)
 
 
-def load_parts(
+def load(
     source: str | os.PathLike, step: int | Literal["best"] | None = None
 ) -> tuple[DiTConfig, dict]:
-    """(config, parameters by part) of a run, or of a released directory or file, of which only 'dit' is read.
+    """(config, parameters) of the transformer of a run, or of a released directory or file.
 
     Raises what `load_run`, `read_bundle` and `from_tensors` do.
     """
-    if (pathlib.Path(source) / DESCRIPTION).is_file():
+    if is_run(source):
         description, params = load_run(source, step)
-        return description.model, params
+        return description.model, params["dit"]
     if step is not None:
         raise ValueError(f"{source} is a released checkpoint, which has no step {step!r}")
     parts = read_bundle(source)
@@ -256,16 +260,7 @@ def load_parts(
         raise ValueError(
             f"{source} has no transformer (model.…), but {', '.join(parts) or 'nothing'}"
         )
-    config, params = from_tensors(parts["model"])
-    return config, {"dit": params}
-
-
-def load(
-    source: str | os.PathLike, step: int | Literal["best"] | None = None
-) -> tuple[DiTConfig, dict]:
-    """(config, parameters) of the transformer alone; otherwise as `load_parts`."""
-    config, params = load_parts(source, step)
-    return config, params["dit"]
+    return from_tensors(parts["model"])
 
 
 def _single_file(path: pathlib.Path) -> pathlib.Path | None:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from research.hunyuan3d_2.dit import multiview
+from research.hunyuan3d_2.dit.config import DiTConfig
 from research.hunyuan3d_2.render.shading import on_white
 
 Example = Mapping[str, np.ndarray]
@@ -53,6 +54,19 @@ def row(example: Example, views: int, rng: np.random.Generator) -> dict[str, np.
     made["image"] = on_white(np.asarray(example["image"])[chosen])
     made["seed"] = rng.integers(2**32, size=2, dtype=np.uint32)
     return made | ({"view": chosen.astype(np.int32)} if views > 1 else {})
+
+
+def check(model: DiTConfig, views: int, latent_dim: int, there: int) -> None:
+    """Raises ValueError where `model`, with conditions of so many views, cannot learn latents [L, latent_dim] of shapes
+    of which so many views are there."""
+    if latent_dim != model.latent_dim:
+        raise ValueError(
+            f"the VAE's latents are [L, {latent_dim}], the model's are [L, {model.latent_dim}] (model.latent_dim)"
+        )
+    if views > 1 and there < len(multiview.VIEWS):
+        raise ValueError(
+            f"views={views} needs shapes with the four named views, these have {there}"
+        )
 
 
 def latent_scale(examples: Sequence[Example], most: int = 512) -> float:

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from research.core import config as configs
 from research.hunyuan3d_2.data.shapes import open_split
-from research.hunyuan3d_2.dit.examples import Decode, Example
+from research.hunyuan3d_2.dit.config import DiTConfig
+from research.hunyuan3d_2.dit.examples import Decode, Example, check
 from research.hunyuan3d_2.vae import checkpoint as vae_checkpoint
 from research.hunyuan3d_2.vae.config import VAEConfig
 from research.hunyuan3d_2.vae.model import ShapeVAE
@@ -29,14 +30,15 @@ EVAL_POINTS = 8192  # of the volume, that a V-IoU counts
 
 
 def load(
-    data: str, vae: str, num_latents: int
+    data: str, vae: str, model: DiTConfig, views: int = 1
 ) -> tuple[Sequence[Example], Sequence[Example], Decode, float | None]:
     """(examples to learn, held-out ones, the VAE's decoder, its scale_factor or None if it has none).
 
     data: a directory of shapes, as `research.hunyuan3d_2.data` builds it. vae: a run's or a released directory, with
-    the encoder. What is not encoded yet is encoded now.
+    the encoder. model, views: what is to learn them. What is not encoded yet is encoded now.
 
-    Raises ValueError or FileNotFoundError for directories that are no such, and a VAE without an encoder.
+    Raises ValueError or FileNotFoundError, before anything is encoded, for directories that are no such, a VAE without
+    an encoder, and what `examples.check` refuses.
     """
     if not data or not vae:
         raise ValueError(
@@ -47,21 +49,23 @@ def load(
         raise ValueError(
             f"{vae} is a decoder alone; take the VAE that was released with its encoder"
         )
-    splits = []
-    for split in ("train", "heldout"):
-        shapes = open_split(data, split)
+    splits = {split: open_split(data, split) for split in ("train", "heldout")}
+    for shapes in splits.values():
         if not shapes.config.views:
             raise ValueError(
                 f"the shapes in {data} have no views to learn from; build them with some"
             )
+        check(model, views, config.latent_dim, shapes.config.views)
+    made = []
+    for split, shapes in splits.items():
         index = pathlib.Path(data) / split / "index.json"
         identity = f"{index.stat().st_mtime_ns} {index.read_text()}"
         mean, logvar = encoded(
-            pathlib.Path(data) / "latents", config, params, shapes, num_latents, identity
+            pathlib.Path(data) / "latents", config, params, shapes, model.num_latents, identity
         )
-        splits.append(Examples(shapes, mean, logvar, 0 if split == "train" else EVAL_POINTS))
+        made.append(Examples(shapes, mean, logvar, 0 if split == "train" else EVAL_POINTS))
     scale = None if config.scale_factor == 1 else config.scale_factor
-    return *splits, decoder(config, params), scale
+    return *made, decoder(config, params), scale
 
 
 class Examples(Sequence):

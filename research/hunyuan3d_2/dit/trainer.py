@@ -26,7 +26,14 @@ from research.core.optim import OptimConfig
 from research.core.state import TrainState
 from research.hunyuan3d_2.dit import checkpoint, latents, multiview, sampler
 from research.hunyuan3d_2.dit.config import DiTConfig
-from research.hunyuan3d_2.dit.examples import Decode, Example, dataset, latent_scale, row
+from research.hunyuan3d_2.dit.examples import (
+    Decode,
+    Example,
+    check,
+    dataset,
+    latent_scale,
+    row,
+)
 from research.hunyuan3d_2.dit.flow import FlowConfig, row_errors, velocity_errors
 from research.hunyuan3d_2.dit.model import build as build_model
 from research.hunyuan3d_2.dit.tower import Tower, condition, load_tower
@@ -62,8 +69,8 @@ class Config:
       of a preset of `research.vision`, which is trained along. Its tokens must be the model's cond_dim wide.
     image_size: that the tower sees, in pixels.
     views: images of one condition. 1: any of a shape's views; more: so many of front, left, back and right.
-    scale_factor: of the latents, to give them unit variance; None: the VAE's own if it has one (not 1), else that
-      of the training latents.
+    scale_factor: of the latents, to give them unit variance; None: that of the run in init_from, else the VAE's own if
+      it has one (not 1), else that of the training latents.
     micro_rows: rows that a device computes at a time (0: all of its share).
     ema_decay: of the averaged parameters, reached gradually: min(ema_decay, (1 + t) / (10 + t)).
     """
@@ -86,7 +93,7 @@ class Config:
     micro_rows: int = 0
     ema_decay: float = 0.999
     optim: OptimConfig = OptimConfig(
-        lr=1e-4,
+        lr=1e-5,
         b1=0.9,
         b2=0.99,
         eps=1e-6,
@@ -124,19 +131,29 @@ def build(
     Raises ValueError, before any training, for a configuration or data that cannot be trained on, and
     FileNotFoundError.
     """
-    shape, params = _model(config)
+    shape, params, scale = _model(config)
+    grid = meshes.make(config.mesh)
+    if config.batch_size % (grid.size * max(1, config.micro_rows)):
+        raise ValueError(
+            f"batch_size={config.batch_size} must be a multiple of {grid.size} devices x "
+            f"micro_rows={config.micro_rows or 1}"
+        )
     tower = tower or load_tower(config.tower, config.image_size, shape.dtype)
-    scale = config.scale_factor
+    if tower.dim != shape.cond_dim:
+        raise ValueError(
+            f"the image tower's tokens have size {tower.dim}, model.cond_dim is {shape.cond_dim}"
+        )
     if examples is None:
         examples, eval_examples, decode, own = latents.load(
-            config.data, config.vae, shape.num_latents
+            config.data, config.vae, shape, config.views
         )
         scale = scale or own
     if not len(examples):
         raise ValueError("there are no shapes to learn")
-    _check(config, shape, tower, examples[0])
+    first = examples[0]
+    check(shape, config.views, first["mean"].shape[-1], len(first["image"]))
     scale = scale or latent_scale(examples)
-    return _Run(config, pathlib.Path(workdir), shape, params, tower, scale, decode).trainer(
+    return _Run(config, pathlib.Path(workdir), shape, params, grid, tower, scale, decode).trainer(
         examples, eval_examples
     )
 
@@ -172,10 +189,15 @@ def draw_latents(batch: dict[str, jax.Array], scale: float) -> jax.Array:
     """scale · (mean + σ ε) of every row, with ε from the row's own key: float32 [B, L, C]."""
 
     def draw(seed, mean_LC):
-        return jax.random.normal(jax.random.fold_in(_keys(seed), 1), mean_LC.shape)
+        return jax.random.normal(_posterior_key(_keys(seed)), mean_LC.shape)
 
     noise_BLC = jax.vmap(draw)(batch["seed"], batch["mean"])
     return scale * (batch["mean"] + jnp.exp(0.5 * batch["logvar"]) * noise_BLC)
+
+
+def _posterior_key(key: jax.Array) -> jax.Array:
+    """Another one than flow.py takes of a row's key: of the same key, fold_in(key, i) is split(key, n)[i] for i < n."""
+    return jax.random.fold_in(key, 2**31 - 1)
 
 
 def _keys(seeds: jax.Array) -> jax.Array:
@@ -186,17 +208,11 @@ def _keys(seeds: jax.Array) -> jax.Array:
 class _Run:
     """What the functions of one run share."""
 
-    def __init__(self, config, workdir, shape, params, tower, scale, decode):
+    def __init__(self, config, workdir, shape, params, grid, tower, scale, decode):
         self.config, self.workdir, self.shape, self.params = config, workdir, shape, params
-        self.tower, self.scale, self.decode = tower, scale, decode
+        self.grid, self.tower, self.scale, self.decode = grid, tower, scale, decode
         self.model = build_model(shape)
-        self.grid = meshes.make(config.mesh)
-        self.shards = self.grid.size
-        if config.batch_size % (self.shards * max(1, config.micro_rows)):
-            raise ValueError(
-                f"batch_size={config.batch_size} must be a multiple of {self.shards} devices x "
-                f"micro_rows={config.micro_rows or 1}"
-            )
+        self.shards = grid.size
         self.optimizer = optimizers.make(config.optim, config.loop.steps, optimizers.kernels)
         self.frozen = None
         if tower.params is not None:
@@ -365,37 +381,32 @@ def _average(decay: float, average: Any, params: Any, count: jax.Array) -> Any:
     return jax.tree.map(lambda a, p: d * a + (1 - d) * p, average, params)
 
 
-def _model(config: Config) -> tuple[DiTConfig, dict[str, Any]]:
-    """(the model's configuration, parameters to start from by part: 'dit', 'tower' or none)."""
+def _model(config: Config) -> tuple[DiTConfig, dict[str, Any], float | None]:
+    """(the model's configuration, parameters to start from by part: 'dit', 'tower' or none, the latents' scale if it is
+    said: what a run was trained with, it goes on with)."""
     if config.init_from and config.model is not None:
         raise ValueError("init_from brings its model: leave `model` out (None)")
-    if config.init_from:
-        shape, params = checkpoint.load_parts(config.init_from)
+    scale = config.scale_factor
+    if config.init_from and checkpoint.is_run(config.init_from):
+        made, params = checkpoint.load_run(config.init_from)
+        seen, asked = (made.tower, made.image_size), (config.tower, config.image_size)
+        if "tower" in params and seen != asked:
+            raise ValueError(
+                f"{config.init_from} learned with tower={seen[0]!r} and image_size={seen[1]}, not with "
+                f"tower={asked[0]!r} and image_size={asked[1]}"
+            )
+        shape, scale = made.model, scale or made.scale_factor
+    elif config.init_from:
+        shape, params = checkpoint.load(config.init_from)
+        params = {"dit": params}
     elif config.model is not None:
         shape, params = config.model, {}
     else:
         raise ValueError("no model: set init_from to a directory, or `model` to a configuration")
     own = {"dtype": config.dtype, "remat": config.remat}
-    return dataclasses.replace(shape, **{k: v for k, v in own.items() if v is not None}), params
+    shape = dataclasses.replace(shape, **{k: v for k, v in own.items() if v is not None})
+    return shape, params, scale
 
 
 def _first(examples: Sequence[Example], count: int) -> list[Example]:
     return [examples[i] for i in range(min(count, len(examples)))]
-
-
-def _check(config: Config, shape: DiTConfig, tower: Tower, example: Example) -> None:
-    """Raises ValueError where the model, the tower and the data do not belong together."""
-    latent = np.shape(example["mean"])
-    if len(latent) != 2 or latent[1] != shape.latent_dim:
-        raise ValueError(
-            f"the VAE's latents are {latent}, the model's are [L, {shape.latent_dim}] (model.latent_dim)"
-        )
-    if tower.dim != shape.cond_dim:
-        raise ValueError(
-            f"the image tower's tokens have size {tower.dim}, model.cond_dim is {shape.cond_dim}"
-        )
-    views = len(example["image"])
-    if config.views > 1 and views < len(multiview.VIEWS):
-        raise ValueError(
-            f"views={config.views} needs shapes with the four named views, these have {views}"
-        )

@@ -134,7 +134,7 @@ def _row(
         "uniform": pools["uniform"][: vae.uniform_points],
         "sharp": pools["sharp"][: vae.sharp_points],
         "points": points.reshape(-1, chunk, 3).astype(np.float32),
-        "seed": np.uint32(seed),
+        "seed": np.uint32(seed % 2**32),
     }
 
 

@@ -107,6 +107,12 @@ def build(
             raise ValueError(
                 f"token_counts has {count}, and the model at most {shape.num_tokens} tokens"
             )
+    clouds = [
+        jax.ShapeDtypeStruct((1, n, 7), np.float32)
+        for n in (shape.uniform_points, shape.sharp_points)
+    ]
+    for count in (config.token_counts or (shape.num_tokens,)) * (shape.queries == "fps"):
+        jax.eval_shape(partial(vae_model.select_queries, shape, num_tokens=count), *clouds)
     if batches is None:
         batches, eval_shapes = _data(config, shape)
     return _Run(
