@@ -155,7 +155,6 @@ def gridded(difference=1e-6, same=1.0, share=0.25, drop=0.001):
             f"share, {way}": [share, share, share],
         }
     figures["share, true field"] = [0.2] * 3
-    figures |= {f"seconds, {way}": [1.0] * 3 for way in ways}
     return {"grids": dict.fromkeys(SEEDS, figures)}
 
 

@@ -7,7 +7,6 @@ third of the tokens. A seed says which shapes; intervals are over all shapes of 
 import dataclasses
 import functools
 import pathlib
-import time
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -54,23 +53,14 @@ def measure(scale: str, seed: int, directory: pathlib.Path, results: Any) -> dic
         "shapes": [shape.name for shape in chosen],
         "resolution": s.resolution,
     }
-
-    def decoded(way: str, mean_LC: np.ndarray) -> grid.Grid:
-        config = GridConfig(resolution=s.resolution, **WAYS[way])
-        return grid.decode_grid(ShapeVAE(model), params, mean_LC, config)
-
-    for way in WAYS:  # compiles
-        decoded(way, mean_NLC[0])
     for shape, mean_LC in zip(chosen, mean_NLC, strict=True):
-        made, seconds = {}, {}
-        for way in WAYS:
-            began = time.perf_counter()
-            made[way] = decoded(way, mean_LC)
-            seconds[way] = time.perf_counter() - began
-        row = compare(made, shape, truncation, s.points, seed) | {
-            f"seconds, {way}": round(x, 2) for way, x in seconds.items()
+        made = {
+            way: grid.decode_grid(
+                ShapeVAE(model), params, mean_LC, GridConfig(resolution=s.resolution, **how)
+            )
+            for way, how in WAYS.items()
         }
-        for name, value in row.items():
+        for name, value in compare(made, shape, truncation, s.points, seed).items():
             figures.setdefault(name, []).append(value)
     return figures
 
@@ -141,7 +131,6 @@ def _lossless(results: Results) -> Verdict:
 def _share(results: Results) -> Verdict:
     share = _level(results, "share, hierarchical")
     numbers = {"share": share, "share for the true field": _level(results, "share, true field")}
-    numbers |= {f"seconds, {way}": _level(results, f"seconds, {way}") for way in WAYS}
     return verdict(share.high < 0.3, share.low >= 0.3, numbers)
 
 
@@ -157,13 +146,12 @@ def _selection(results: Results) -> Verdict:
 
 
 def figure(results: Results, path: pathlib.Path) -> None:
-    """IoU, share of queries and seconds, a dot for each shape and seed."""
+    """IoU and share of queries, a dot for each shape and seed."""
     panels = {
         "V-IoU with the truth": [(way, f"v_iou, {way}") for way in WAYS],
         "share of queries": [(w, f"share, {w}") for w in ("hierarchical", "top-k", "true field")],
-        "seconds a grid": [(way, f"seconds, {way}") for way in WAYS],
     }
-    fig, axes = plt.subplots(1, len(panels), figsize=(12, 3.5), layout="constrained")
+    fig, axes = plt.subplots(1, len(panels), figsize=(8, 3.5), layout="constrained")
     for axis, (title, bars) in zip(axes, panels.items(), strict=True):
         for i, (_, name) in enumerate(bars):
             values = np.concatenate([run[name] for run in results["grids"].values()])
