@@ -92,7 +92,7 @@ _SURFACE = _define(
     ("marching_cubes", "surface_nets"),
 )
 _LEVEL = _define("float", "level", 0.0, "Of the field, at the surface; lower is fatter.")
-_FACES = _define("integer", "faces", cleaning.FACES, "At most so many faces; 0: all.")
+_FACES = _define("integer", "faces", cleaning.FACES, "At most about so many faces; 0: all.")
 _DTYPE = _define(
     "enum", "dtype", None, "Of activations; default: the models' own.", ("float32", "bfloat16")
 )
@@ -128,12 +128,17 @@ def find_images(
             raise ValueError(
                 f"--out={out} must end in one of {', '.join('.' + name for name in FORMATS)}"
             )
+        if target.is_dir():
+            raise ValueError(f"--out={out} is a folder, and --image is not: name the mesh")
         return {target: {"front": source} | views if views else source}
     if views:
         raise ValueError(f"--{', --'.join(views)} need one --image, not a folder")
-    if target.suffix or target.is_file():
+    named_as_mesh = not target.is_dir() and target.suffix.lower()[1:] in FORMATS
+    if target.is_file() or named_as_mesh:
         raise ValueError(f"--image is a folder, so --out={out} must be one too")
-    found = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGES)
+    found = sorted(
+        path for path in source.iterdir() if path.suffix.lower() in IMAGES and path.is_file()
+    )
     if not found:
         raise FileNotFoundError(f"{source} holds no images ({', '.join(IMAGES)})")
     stems = [path.stem for path in found]
@@ -150,9 +155,12 @@ def find_matting(name: str | None) -> condition.Matting | None:
         return None
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"--matting={name}: {error}; name a function as rembg:remove") from error
+    if not callable(found):
+        raise ValueError(f"--matting={name}: is no function; name one as rembg:remove")
+    return found
 
 
 def make_all(
@@ -203,14 +211,28 @@ def make_all(
 
 
 def write(shape: Shape, target: pathlib.Path, turn: str, note: Mapping[str, Any]) -> None:
-    """The mesh, NAME.json with the note and its statistics, and NAME.turntable.gif or .png if it shall turn."""
-    unfinished = target.with_name(f".unfinished-{target.name}")  # a mesh that is there is whole
-    cleaning.save(shape.mesh, unfinished)
-    os.replace(unfinished, target)
-    if turn != "none":  # NAME.png may be the image
-        turntable.save(shape.mesh, target.with_suffix(f".turntable.{turn}"))
+    """The mesh, NAME.json with the note and its statistics, and NAME.turntable.gif or .png if it shall turn.
+
+    The mesh is put in place last: where it is, the rest is.
+    """
+    statistics = target.with_suffix(".json")
+    picture = target.with_suffix(f".turntable.{turn}")  # NAME.png may be the image
+    results = [statistics, target] if turn == "none" else [statistics, picture, target]
     content = dict(note) | shape.statistics
-    target.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
+    try:
+        cleaning.save(shape.mesh, _unfinished(target))
+        if turn != "none":
+            turntable.save(shape.mesh, _unfinished(picture))
+        _unfinished(statistics).write_text(json.dumps(content, indent=2) + "\n")
+        for path in results:
+            os.replace(_unfinished(path), path)
+    finally:
+        for path in results:
+            _unfinished(path).unlink(missing_ok=True)
+
+
+def _unfinished(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f".unfinished-{path.name}")
 
 
 def _named(source: Any) -> Any:
@@ -242,7 +264,13 @@ def run_from_flags() -> list[pathlib.Path]:
         load,
         turn=_TURNTABLE.value,
         matting=matting,
-        note={"checkpoint": _CHECKPOINT.value},
+        note={
+            "checkpoint": _CHECKPOINT.value,
+            "step": step,
+            "vae": _VAE.value,
+            "dtype": _DTYPE.value,
+            "matting": _MATTING.value,
+        },
         seed=_SEED.value,
         steps=_STEPS.value,
         guidance=_GUIDANCE.value,

@@ -18,6 +18,7 @@ Source = str | pathlib.Path | Image.Image | np.ndarray
 BORDER = 0.15  # of the square's side, that is left free
 _LEAST = 16  # pixels on the longer side, of an image or of the object in it
 _MOST_STRETCHED = 100  # times longer than wide: a line, not an object
+_MOST_SIDE = 8  # times the result's side: of the square, which a long image would make huge
 
 
 class ImageError(ValueError):
@@ -49,11 +50,11 @@ def cut_out(source: Source, matting: Matting | None = None) -> Image.Image:
 
     Raises:
       FileNotFoundError: the file.
-      ImageError: a file that is no image; an array of another kind; images and objects of less than 16 pixels,
-        lines; an image that is transparent all over; one that is opaque, when there is no matting, or that matting
-        leaves opaque or empty.
+      ImageError: a file that is no image, or a damaged one; an array of another kind, pixels of more than 16 bits;
+        images and objects of less than 16 pixels, lines; an image that is transparent all over; one that is opaque,
+        when there is no matting, or that matting fails at, or leaves opaque or empty.
     """
-    name = f"{source}" if isinstance(source, (str, pathlib.Path)) else "the image"
+    name = _name(source)
     image = read(source)
     if (
         np.asarray(image.getchannel("A")).min() == 255
@@ -64,10 +65,13 @@ def cut_out(source: Source, matting: Matting | None = None) -> Image.Image:
 
 
 def recentre(image: Image.Image, size: int = 512, border: float = BORDER) -> Prepared:
-    """The object of a `cut_out` in the middle of a square of `size` pixels, of whose side it leaves `border` free."""
+    """The object of a `cut_out` in the middle of a square of `size` pixels, of whose side it leaves `border` free.
+
+    An image with a side of more than 8 `size` is made that small on the way.
+    """
     box = _box(image, "the image")
     width, height = box[2] - box[0], box[3] - box[1]
-    side = max(image.size)
+    side = min(max(image.size), _MOST_SIDE * size)
     scale = side * (1 - border) / max(width, height)
     width, height = max(1, round(width * scale)), max(1, round(height * scale))
     # Boxes average areas; enlarged by them, pixels would become blocks.
@@ -91,33 +95,43 @@ def read(source: Source) -> Image.Image:
     """The image as RGBA, upright, 8 bits. Raises as `cut_out`, which see."""
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    if isinstance(source, Image.Image):
-        return _upright(source, "the image")
-    path = pathlib.Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no image {path}")
+    name = _name(source)
     try:
-        with Image.open(path) as image:
-            return _upright(image, str(path))
+        if isinstance(source, Image.Image):
+            return _upright(source, name)
+        if not pathlib.Path(source).is_file():
+            raise FileNotFoundError(f"there is no image {source}")
+        with Image.open(source) as image:
+            return _upright(image, name)
+    except (FileNotFoundError, ImageError):
+        raise
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{path} is not an image that can be read (PNG, JPEG, WebP, ... can)"
+            f"{name} is not an image that can be read (PNG, JPEG, WebP, ... can)"
         ) from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: {error}; make it smaller first") from error
+        raise ImageError(f"{name}: {error}; make it smaller first") from error
+    except Exception as error:  # decoders raise many kinds
+        raise ImageError(f"{name} is damaged or cannot be read: {error}") from error
+
+
+def _name(source: Source) -> str:
+    return str(source) if isinstance(source, (str, pathlib.Path)) else "the image"
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
-    try:
-        image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError) as error:
-        raise ImageError(f"{name} is damaged: {error}") from error
+    image = ImageOps.exif_transpose(image)
     if max(image.size) < _LEAST:
         raise ImageError(
             f"{name} is {image.width} x {image.height} pixels; the object needs at least {_LEAST} on its longer side"
         )
     if image.mode.startswith("I"):  # 16 bits, in whatever mode this version of Pillow keeps them
-        return _from_array(np.asarray(image).astype(np.uint16))
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ImageError(
+                f"{name} has pixels from {pixels.min()} to {pixels.max()}; save it with 8 or 16 bits"
+            )
+        return _from_array(pixels.astype(np.uint16))
     if image.mode == "F":
         raise ImageError(
             f"{name} has floating-point pixels, of unknown range; save it with 8 or 16 bits"
@@ -160,7 +174,10 @@ def _matted(image: Image.Image, matting: Matting | None, name: str) -> Image.Ima
                 f"{name} has no transparent pixels, so what its object is cannot be told. Give it an alpha channel, or "
                 "install what cuts objects out: pip install 'rembg[cpu]' (downloads a network on first use)"
             ) from error
-    cut = matting(image.convert("RGB"))
+    try:
+        cut = matting(image.convert("RGB"))
+    except Exception as error:  # of one image; others may be cut out
+        raise ImageError(f"{name}: matting failed: {type(error).__name__}: {error}") from error
     if not isinstance(cut, Image.Image) or cut.size != image.size or cut.mode != "RGBA":
         raise ImageError(f"{name}: matting must return an RGBA image of the same size, got {cut!r}")
     if np.asarray(cut.getchannel("A")).min() == 255:

@@ -47,8 +47,8 @@ class Shape:
     """What an image became.
 
     mesh: y up, facing +z, in about [-1, 1], faces outward.
-    statistics: what it was made with (seed, steps, guidance, resolution, ...), what it is (faces, vertices,
-      watertight, volume), and seconds by stage ('time').
+    statistics: what it was made with (seed, steps, guidance, resolution, faces_limit, ...), what it is (faces,
+      vertices, watertight, volume), and seconds by stage ('time').
     """
 
     mesh: trimesh.Trimesh
@@ -157,7 +157,7 @@ class ImageToShape:
           resolution: cells of the grid along an axis.
           method, selection: how the grid is decoded (`vae.grid.GridConfig`).
           surface: how the surface is found; level: of the field.
-          faces: at most so many, by edge collapse; None: as they come.
+          faces: at most about so many, by edge collapse; None: as they come.
           matting: cuts out the object of an opaque image (`condition.Matting`).
           progress: bars on stderr.
 
@@ -205,9 +205,12 @@ class ImageToShape:
                 "guidance": guidance,
                 "latents": len(latents_LC),
                 "resolution": decoded.levels[-1],
+                "method": method,
+                "selection": selection,
                 "query_ratio": decoded.query_ratio,
                 "surface": surface,
                 "level": level,
+                "faces_limit": faces,
                 "faces": len(mesh.faces),
                 "vertices": len(mesh.vertices),
                 "watertight": bool(mesh.is_watertight),
@@ -255,7 +258,7 @@ class ImageToShape:
 
 def _from_run(cls, directory: pathlib.Path, step, vae, dtype: str) -> ImageToShape:
     made, params = dit_checkpoint.load_run(directory, step)
-    vae_config, vae_params = vae_checkpoint.load(vae or _find_vae(directory, made.vae))
+    vae_config, vae_params = vae_checkpoint.load(vae or find_vae(directory, made.vae))
     tower = load_tower(made.tower, made.image_size, dtype)
     return cls(
         dit=made.model,
@@ -272,8 +275,11 @@ def _from_run(cls, directory: pathlib.Path, step, vae, dtype: str) -> ImageToSha
     )
 
 
-def _find_vae(run: pathlib.Path, named: str) -> pathlib.Path:
-    """The VAE that a run names, from where the run was started or from the run's own place."""
+def find_vae(run: pathlib.Path, named: str) -> pathlib.Path:
+    """The VAE that a run names, from where the run was started or from the run's own place.
+
+    Raises FileNotFoundError if it is in neither.
+    """
     places = [pathlib.Path(named), run.parent / named, run.parent / pathlib.Path(named).name]
     for place in places if named else []:
         if place.is_dir():

@@ -40,7 +40,7 @@ def test_the_object_goes_where_the_released_processor_puts_it():
     assert (edge[:, 1] <= edge[:, 0] + 0.02).all()
 
 
-@pytest.mark.parametrize("shape", [(400, 300), (300, 400), (64, 64), (900, 20)])
+@pytest.mark.parametrize("shape", [(400, 300), (300, 400), (64, 64), (900, 20), (2500, 500)])
 def test_any_object_is_centred_with_its_longer_side_85_percent(shape):
     width, height = shape
     _, mask = prepare(box(width + 13, height + 40, (3, 3 + width), (30, 30 + height)), 256)
@@ -48,6 +48,21 @@ def test_any_object_is_centred_with_its_longer_side_85_percent(shape):
     assert abs(max(bottom - top, right - left) + 1 - 0.85 * 256) <= 2
     assert abs(top + bottom - 255) <= 2 and abs(left + right - 255) <= 2
     assert (bottom - top + 1) / (right - left + 1) == pytest.approx(height / width, abs=0.02)
+
+
+def test_a_long_image_takes_no_huge_square_and_becomes_what_a_small_one_does(monkeypatch):
+    """A square of its own 6,000 pixels would take 36 million, and that of a scan gigabytes."""
+    small = box(600, 60, (20, 590), (15, 50))
+    long = small.repeat(10, 0).repeat(10, 1)
+    expected, made, new = prepare(small, 64), [], Image.new
+    monkeypatch.setattr(
+        Image, "new", lambda mode, size, *a: (made.append(size), new(mode, size, *a))[1]
+    )
+    found = prepare(long, 64)
+    assert made and max(max(size) for size in made) <= 512
+    for axis in (0, 1):
+        assert close(span(found.mask_SS, axis), span(expected.mask_SS, axis))
+    assert np.abs(found.image_SS3 - expected.image_SS3).mean() < 0.01
 
 
 def test_half_transparent_pixels_mix_with_white():
@@ -120,6 +135,8 @@ def test_matting_that_finds_no_object_is_said_so():
         prepare(photo, matting=lambda image: image.convert("L"))
     with pytest.raises(ImageError, match="transparent all over"):
         prepare(photo, matting=lambda image: Image.new("RGBA", image.size))
+    with pytest.raises(ImageError, match="the image: matting failed: KeyError: 'scissors'"):
+        prepare(photo, matting=lambda image: {}["scissors"])
 
 
 def test_rembg_is_used_where_it_is_installed(monkeypatch):
@@ -157,6 +174,8 @@ def one_pixel():
         (np.full((30, 30, 3), 200.0), "in \\[0, 1\\], these are in \\[200, 200\\]"),
         (np.full((30, 30, 4), np.nan), "in \\[0, 1\\]"),
         (Image.new("F", (30, 30)), "floating-point"),
+        (Image.new("I", (30, 30), 70_000), "pixels from 70000 to 70000"),
+        (Image.new("I", (30, 30), -1), "pixels from -1 to -1"),
         (Image.new("RGBA", (5, 7)), "5 x 7 pixels"),
     ],
 )
@@ -178,6 +197,21 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ImageError, match="cut.png is damaged"):
         prepare(tmp_path / "cut.png")
+    with Image.open(tmp_path / "cut.png") as image:  # which reads no pixels yet
+        with pytest.raises(ImageError, match="the image is damaged"):
+            prepare(image)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "bmp", "webp", "tif"])
+def test_files_cut_off_anywhere_are_named(tmp_path, kind):
+    """Where a file ends decides what its decoder raises, on opening or on reading."""
+    path = tmp_path / f"cut.{kind}"
+    noise = np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8)
+    whole = save(path, noise).read_bytes()
+    for length in (*range(1, 60, 3), len(whole) // 2):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ImageError, match=f"cut.{kind} is "):
+            condition.read(path)
 
 
 def test_reading_gives_rgba():

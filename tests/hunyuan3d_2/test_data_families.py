@@ -53,6 +53,13 @@ def test_a_shape_is_a_function_of_family_index_and_split():
     assert len(set(draws)) == len(draws)
 
 
+def test_a_solid_is_the_same_whichever_way_its_faces_look():
+    points = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1.0]])
+    faces = np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
+    for turned in (faces, faces[:, ::-1]):
+        assert families._solid(points, turned).volume() == pytest.approx(1 / 6)
+
+
 def test_colours_show_patterns():
     points = make("extrusion", 0).vertices
     several = [

@@ -1,6 +1,7 @@
 """Preparing shapes and batches of them: complete, cached, exact to resume; bad files passed over."""
 
 import dataclasses
+import os
 import pathlib
 import subprocess
 import sys
@@ -93,6 +94,43 @@ def test_files_are_made_anew_only_if_something_changed(prepared):
         assert (root / "superquadric-000000.safetensors").stat().st_mtime_ns != at
 
 
+def test_an_interrupted_build_is_not_opened_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    source, run, prepared = FamilySource("train", 4), shapes._Job.run, []
+
+    def twice(job):
+        if len(prepared) == 2:
+            raise KeyboardInterrupt
+        prepared.append(job.name)
+        return run(job)
+
+    build(source, tmp_path, SMALL)
+    other = dataclasses.replace(SMALL, uniform=100)
+    monkeypatch.setattr(shapes._Job, "run", twice)
+    with pytest.raises(KeyboardInterrupt):
+        build(source, tmp_path, other)
+    with pytest.raises(FileNotFoundError, match="interrupted"):  # two files are of either kind
+        open_split(tmp_path, "train")
+    monkeypatch.setattr(shapes._Job, "run", lambda job: (prepared.append(job.name), run(job))[1])
+    build(source, tmp_path, other)
+    assert sorted(prepared) == sorted(source.names())
+    assert [len(shape["uniform"]) for shape in open_split(tmp_path, "train")] == [100] * 4
+
+
+def test_what_is_up_to_date_stays_untouched(tmp_path):
+    """Latents are encoded anew if the index is (dit/latents.py), and bad files do not change from run to run."""
+    trimesh.creation.box().export(tmp_path / "box.stl")
+    (tmp_path / "damaged.glb").write_bytes(b"glTF and no more")
+    source = FolderSource(str(tmp_path), "train", 0.0)
+    index = build(source, tmp_path / "out", SMALL) / "index.json"
+    os.utime(index, (1, 1))
+    build(source, tmp_path / "out", SMALL)
+    assert index.stat().st_mtime == 1
+    trimesh.creation.box().export(tmp_path / "damaged.glb")
+    build(source, tmp_path / "out", SMALL)
+    assert index.stat().st_mtime > 1
+    assert open_split(tmp_path / "out", "train").names == ["box.stl", "damaged.glb"]
+
+
 def test_views_are_stored_with_the_shape(tmp_path):
     build(FamilySource("heldout", 1), tmp_path, dataclasses.replace(SMALL, views=2, view_size=32))
     views = open_split(tmp_path, "heldout")[0]["views"]
@@ -126,6 +164,53 @@ def test_a_folder_of_meshes_is_read_and_bad_files_are_passed_over_with_the_reaso
     assert "damaged.glb" in index and "no area" in index
 
 
+@dataclasses.dataclass(frozen=True)
+class Boxes:
+    """Boxes, called as one likes."""
+
+    called: tuple[str, ...]
+    split = "train"
+
+    def names(self):
+        return list(self.called)
+
+    def fingerprint(self, name):
+        return "a box"
+
+    def load(self, name):
+        box = trimesh.creation.box()
+        return box, box, []
+
+
+def test_shapes_may_have_any_name(tmp_path):
+    long = "below/" + "ä" * 200
+    names = ["plain", os.fsdecode(b"caf\xe9"), long + "1", long + "2", "%-" + "a" * 300]
+    root = build(Boxes(tuple(names)), tmp_path, SMALL)
+    found = open_split(tmp_path, "train")
+    assert found.names == names and (root / "plain.safetensors").is_file()
+    assert len(list(root.glob("*.safetensors"))) == len(names)
+    assert len({shape["uniform"].tobytes() for shape in found}) == len(names)  # of other seeds
+    before = [path.stat().st_mtime_ns for path in sorted(root.iterdir())]
+    build(Boxes(tuple(names)), tmp_path, SMALL)
+    assert [path.stat().st_mtime_ns for path in sorted(root.iterdir())] == before
+
+
+def test_what_cannot_be_written_ends_the_build_and_leaves_nothing(tmp_path):
+    (tmp_path / "train" / "taken.safetensors").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        build(Boxes(("good", "taken")), tmp_path, SMALL)
+    assert {path.name for path in (tmp_path / "train").iterdir()} == {
+        "good.safetensors", "taken.safetensors",
+    }  # fmt: skip
+
+
+def test_names_that_are_no_text_are_parted_too(tmp_path):
+    for name in (b"caf\xe9.stl", b"box.stl"):
+        pathlib.Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"x")
+    parts = [FolderSource(str(tmp_path), split, 0.5).names() for split in ("train", "heldout")]
+    assert sorted(os.fsencode(name) for name in sum(parts, [])) == [b"box.stl", b"caf\xe9.stl"]
+
+
 def test_a_folder_is_parted_by_names_alone(tmp_path):
     for i in range(40):
         (tmp_path / f"{i}.stl").write_bytes(b"x")
@@ -151,6 +236,18 @@ def test_sources_that_are_not_there_are_errors(tmp_path):
         build(FolderSource(str(tmp_path / "bad"), "train", 0.0), tmp_path, SMALL)
     with pytest.raises(FileNotFoundError, match="data.build"):
         open_split(tmp_path / "nowhere", "train")
+
+
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
+    (tmp_path / "mine").mkdir()
+    trimesh.creation.box().export(tmp_path / "mine" / "box.stl")
+    (tmp_path / "mine" / "a.glb").write_bytes(b"glTF")  # the one that is held out
+    for folder, message in (("absent", "there is no directory"), ("mine", "no shape of 1")):
+        options = [f"--out={tmp_path / 'out'}", f"--meshes={tmp_path / folder}", "--views=0"]
+        command = [sys.executable, "-m", "research.hunyuan3d_2.data.build", *options]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == 2 and "Traceback" not in ended.stderr
+        assert f"error: {message}" in ended.stderr.splitlines()[-1]
 
 
 def batches(directory, **changes):

@@ -85,6 +85,9 @@ def test_no_surface_is_said_with_the_range_of_the_field():
         extract(np.linspace(6, 7, 27).reshape(3, 3, 3), 1.0, level=5)
     with pytest.raises(ValueError, match="1 of 27 values of the field are NaN"):
         extract(np.where(np.arange(27) == 4, np.nan, 1.0).reshape(3, 3, 3), 1.0)
+    for level in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="the level must be finite"):
+            extract(ball(8), 1.0, level=level)
     with pytest.raises(ValueError, match="grid"):
         extract(np.zeros((3, 3)), 1.0)
 

@@ -1,14 +1,17 @@
 """Meshes in and out: every kind of bad mesh gives a clear error or a stated repair; volumes are trimesh's."""
 
 import inspect
+import itertools
 import json
 import struct
 
 import numpy as np
 import pytest
 import trimesh
+from PIL import Image
 
-from research.hunyuan3d_2.geometry import cleaning, meshes, topology
+from research.hunyuan3d_2.data import families
+from research.hunyuan3d_2.geometry import cleaning, meshes, solids, topology
 from research.hunyuan3d_2.geometry.meshes import MeshError
 
 BOX = trimesh.creation.box()  # side 1 about 0
@@ -53,7 +56,10 @@ BAD = {
     "zero area": (mesh([[0, 0, 0], [1, 0, 0], [2, 0, 0]], [0, 1, 2]), "no area"),
     "beyond numbers": (mesh(BOX.vertices * 1e308 * 1.9, BOX.faces), "too large"),
 }
+OVERLAP = joined(BOX, moved(BOX, 0.5, 0.2, 0.1))
+OVERLAP_VOLUME = 2 - 0.5 * 0.8 * 0.9
 CAVITY = joined(BOX, turned(moved(BOX, scale=0.5)))
+EDGE_TO_EDGE = joined(BOX, moved(BOX, 1, 1, 0))
 HALF = mesh(BOX.vertices, BOX.faces[2:])
 FINE = trimesh.creation.icosphere(4)
 REPAIRED = {  # name → (mesh, what is said of it, its volume then)
@@ -71,14 +77,34 @@ REPAIRED = {  # name → (mesh, what is said of it, its volume then)
         ["inside out, turned: 1"],
         2.0,
     ),
-    "overlapping": (joined(BOX, moved(BOX, 0.5, 0.2, 0.1)), ["united"], 2 - 0.5 * 0.8 * 0.9),
+    "overlapping": (OVERLAP, ["united"], OVERLAP_VOLUME),
+    "overlapping, a hollow box elsewhere": (
+        joined(OVERLAP, moved(CAVITY, 5, 0, 0)),
+        ["united"],
+        OVERLAP_VOLUME + 0.875,
+    ),
+    "overlapping a hollow box": (
+        joined(CAVITY, moved(BOX, 0.9, 0, 0)),
+        ["united"],
+        0.875 + 0.9,
+    ),
+    "a hollow box in the cavity of another": (
+        joined(OVERLAP, moved(CAVITY, 9, 0, 0), moved(CAVITY, 9, 0, 0, scale=0.4)),
+        ["united"],
+        OVERLAP_VOLUME + 0.875 + 0.875 * 0.4**3,
+    ),
+    "overlapping, edge to edge elsewhere": (
+        joined(OVERLAP, moved(EDGE_TO_EDGE, 5, 0, 0)),
+        ["united"],
+        OVERLAP_VOLUME + 2,
+    ),
     "one in the other": (joined(BOX, moved(BOX, scale=0.5)), ["united"], 1.0),
     "face to face": (
         joined(BOX, turned(mesh(BOX.vertices * [-1, 1, 1] + [1, 0, 0], BOX.faces))),
         ["cancel"],
         2.0,
     ),
-    "edge to edge (non-manifold)": (joined(BOX, moved(BOX, 1, 1, 0)), [], 2.0),
+    "edge to edge (non-manifold)": (EDGE_TO_EDGE, [], 2.0),
     "faces twice": (
         mesh(BOX.vertices, [*BOX.faces, *BOX.faces[:3]]),
         ["repeat or cancel others, dropped: 3"],
@@ -117,9 +143,42 @@ def test_a_repair_is_stated_and_gives_a_solid_of_the_right_volume(name):
     report = meshes.check(result)
     assert report.closed and report.degenerate_faces == 0
     assert np.isfinite(result.vertices).all()
-    assert result.volume == pytest.approx(
-        volume, rel=0.05 if "shells" in str(done) else 1e-3 if "holes" in str(done) else 1e-6
+    assert result.volume / volume == pytest.approx(
+        1, rel=0.05 if "shells" in str(done) else 1e-3 if "holes" in str(done) else 1e-6
     )
+
+
+def test_vertices_nearer_than_a_millionth_are_one_wherever_they_lie():
+    """Each triangle of the soup has corners of its own, which are off by less than half of that."""
+    ball = trimesh.creation.icosphere(3)
+    soup = ball.triangles.reshape(-1, 3)
+    soup = soup + np.random.default_rng(0).uniform(-1, 1, soup.shape) * 2 * 0.5e-6 / np.sqrt(3)
+    vertices, faces = topology.weld(soup / 2, np.arange(len(soup)).reshape(-1, 3), 1e-6)
+    assert (len(vertices), len(faces)) == (len(ball.vertices), len(ball.faces))
+    found, done = meshes.repair(mesh(soup, np.arange(len(soup))))
+    assert done == [] and found.is_watertight
+    assert found.volume == pytest.approx(ball.volume, rel=1e-5)
+
+
+def test_vertices_further_apart_than_four_millionths_stay_two():
+    line = np.arange(200)[:, None] * [4.1e-6, 0, 0]
+    points = np.concatenate([line, line + [0, 1, 0], line + [0, 0, 1]])
+    faces = np.arange(600).reshape(3, 200).T
+    vertices, kept = topology.weld(points, faces, 1e-6)
+    assert len(vertices) == 600 and len(kept) == 200
+    heap = np.random.default_rng(0).uniform(0, 1e-6, (60_000, 3))  # of as good as one place: quick
+    assert len(topology.weld(np.concatenate([heap, points]), faces + 60_000, 1e-6)[0]) == 600
+    assert len(topology.weld(heap, np.arange(60_000).reshape(-1, 3), 1e-6)[1]) == 0
+
+
+def test_the_points_that_cover_faces_come_a_few_at_a_time():
+    """20 000 long slivers, as of a fan, need 8385 points each: at once they would be 4 GB."""
+    angle = np.linspace(0, 2 * np.pi, 20_000, endpoint=False)
+    rim = np.stack([np.cos(angle), 0 * angle, np.sin(angle)], axis=1) / 2
+    i = np.arange(len(rim))
+    faces = np.stack([i, (i + 1) % len(rim), np.full(len(rim), len(rim))], axis=1)
+    few = next(iter(solids._cover(np.concatenate([rim, [[0, 0.1, 0]]]), faces)))
+    assert 0 < len(few) < 1_000_000
 
 
 def test_closed_surfaces_never_become_double_shells():
@@ -152,6 +211,15 @@ def test_a_report_counts_what_is_wrong():
     uv = BOX.copy()
     uv.visual = trimesh.visual.TextureVisuals(uv=np.zeros((8, 2)))
     assert meshes.check(uv).has_uv
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e154, 1e200, 1e300, 1.9e308])
+def test_a_report_comes_whatever_the_numbers(scale):
+    with np.errstate(over="ignore"):
+        report = meshes.check(mesh(BOX.vertices * scale, BOX.faces))
+    if scale < 1e308:
+        assert report.watertight and report.degenerate_faces == 0
+    assert report.faces == 12
 
 
 def test_normalised_meshes_span_the_cube_and_can_be_put_back():
@@ -226,6 +294,58 @@ def test_a_scene_of_several_parts_is_one_mesh_in_its_place(tmp_path):
     np.testing.assert_allclose(found.bounds, [[-0.5, -0.5, -0.5], [3.5, 0.5, 0.5]])
 
 
+def painted(kind: str) -> trimesh.Trimesh:
+    """A box, that is all of one colour: PAINT[kind]."""
+    box = trimesh.creation.box()
+    of = trimesh.visual.material.PBRMaterial
+    if kind == "texture":
+        image = Image.new("RGB", (16, 16), PAINT[kind])
+        material = of(baseColorTexture=image)
+        box.visual = trimesh.visual.TextureVisuals(uv=box.vertices[:, :2] + 0.5, material=material)
+    elif kind == "material":
+        box.visual = trimesh.visual.TextureVisuals(material=of(baseColorFactor=[*PAINT[kind], 255]))
+    elif kind == "vertices":
+        box.visual.vertex_colors = [*PAINT[kind], 255]
+    return box
+
+
+PAINT = {
+    "texture": (0, 200, 0),
+    "material": (0, 0, 255),
+    "vertices": (255, 0, 0),
+    "nothing": (190, 190, 190),
+}
+
+
+@pytest.mark.parametrize(
+    "kinds", [*itertools.combinations_with_replacement(PAINT, 2)], ids="+".join
+)
+def test_the_parts_of_a_scene_keep_their_colours(tmp_path, kinds):
+    scene = trimesh.Scene()
+    for i, kind in enumerate(kinds):
+        place = trimesh.transformations.translation_matrix([3 * i, 0, 0])
+        scene.add_geometry(painted(kind), transform=place)
+    scene.export(tmp_path / "two.glb")
+    found = meshes.read(tmp_path / "two.glb")
+    colours = meshes.vertex_colours(found)
+    assert colours.shape == (len(found.vertices), 4)
+    for i, kind in enumerate(kinds):
+        mine = colours[np.abs(found.vertices[:, 0] - 3 * i) < 1]
+        assert len(mine) and (mine == [*PAINT[kind], 255]).all()
+
+
+def test_lines_and_points_beside_triangles_are_left_out(tmp_path):
+    scene = trimesh.Scene([BOX, trimesh.load_path(np.array([[[0, 0, 0], [9, 9, 9.0]]]))])
+    scene.add_geometry(trimesh.PointCloud(np.full((5, 3), -9.0)))
+    scene.export(tmp_path / "mixed.glb")
+    found = meshes.read(tmp_path / "mixed.glb")
+    assert len(found.faces) == 12 and meshes.check(found).watertight
+    np.testing.assert_allclose(found.bounds, BOX.bounds)
+    trimesh.Scene(list(scene.geometry.values())[1:]).export(tmp_path / "none.glb")
+    with pytest.raises(MeshError, match="holds no faces"):
+        meshes.read(tmp_path / "none.glb")
+
+
 def test_small_bodies_and_faces_without_area_go():
     ball = trimesh.creation.icosphere(4)  # 5120 faces; half a per cent are 25.6
     found = cleaning.drop_small(joined(ball, moved(BOX, 3, 0, 0)))
@@ -246,6 +366,15 @@ def test_decimation_keeps_a_closed_mesh_closed_and_its_volume():
         cleaning.decimate(ball, 3)
 
 
+@pytest.mark.parametrize("unit", [1, 1e-4, 1e6])
+def test_decimation_keeps_thin_parts_whatever_the_units(unit):
+    figure = families.make("figure", 0)
+    thin = mesh(figure.vertices * unit, figure.faces)
+    found = cleaning.decimate(thin, 600)
+    assert len(found.faces) <= 600 and found.is_watertight
+    assert found.volume / thin.volume == pytest.approx(1, abs=0.15)
+
+
 def test_pinches_of_decimation_become_points_where_the_shape_allows(monkeypatch):
     """Of two balls that share one short edge both keep their shape; two boxes would lose theirs."""
     ball = trimesh.creation.icosphere(3)
@@ -256,6 +385,6 @@ def test_pinches_of_decimation_become_points_where_the_shape_allows(monkeypatch)
         welded = topology.weld(np.array(pinched.vertices), np.array(pinched.faces), 1e-6)
         assert (topology.edges(welded[1]).faces == 4).sum() == 1
         monkeypatch.setattr(cleaning.solids, "simplify", lambda *_, welded=welded: welded)
-        found = cleaning.decimate(trimesh.creation.icosphere(4), 4000)
+        found = cleaning.decimate(trimesh.creation.icosphere(4, radius=0.5), 4000)
         assert meshes.check(found).closed and found.is_watertight == loose
         assert found.volume == pytest.approx(pinched.volume, rel=1e-3)

@@ -1,6 +1,8 @@
 """Images to meshes end to end, with tiny random models: runs and released directories, the program, its errors."""
 
+import itertools
 import json
+import os
 import pathlib
 import sys
 from types import SimpleNamespace
@@ -170,6 +172,9 @@ def test_an_image_becomes_a_closed_mesh_and_says_how(loaded):
         "guidance": 5.0,
         "latents": 16,
         "resolution": 20,
+        "method": "dense",
+        "selection": "none",
+        "faces_limit": 40_000,
         "faces": len(mesh.faces),
     }
     assert {key: statistics[key] for key in expected} == expected and statistics["query_ratio"] == 1
@@ -337,11 +342,9 @@ def command(*arguments):
 def test_the_program_writes_mesh_statistics_and_turntable(release, tmp_path, capsys):
     Image.fromarray(picture()).save(tmp_path / "chair.png")
     before, out = (tmp_path / "chair.png").read_bytes(), tmp_path / "chair.glb"
-    image = f"--image={tmp_path / 'chair.png'}"
-    assert (
-        command(image, f"--checkpoint={release}", f"--out={out}", "--turntable=png", "--faces=200")
-        == 0
-    )
+    arguments = [f"--image={tmp_path / 'chair.png'}", f"--checkpoint={release}", f"--out={out}"]
+    arguments += [f"--vae={release}", "--dtype=float32", "--turntable=png", "--faces=200"]
+    assert command(*arguments) == 0
     mesh = trimesh.load(out, force="mesh")
     content = json.loads(out.with_suffix(".json").read_text())
     assert (
@@ -350,24 +353,30 @@ def test_the_program_writes_mesh_statistics_and_turntable(release, tmp_path, cap
         and content["steps"] == 3
     )
     assert content["image"] == str(tmp_path / "chair.png") and content["checkpoint"] == str(release)
+    asked = {"step": None, "vae": str(release), "dtype": "float32", "matting": None}
+    assert {name: content[name] for name in asked} == asked and content["faces_limit"] == 200
     assert out.with_suffix(".turntable.png").exists()
     assert (tmp_path / "chair.png").read_bytes() == before  # beside its mesh
     assert f"{content['faces']} faces" in capsys.readouterr().out
 
 
 def test_folders_become_folders_and_bad_images_are_passed_over(release, tmp_path, capsys):
-    photos, out = tmp_path / "photos", tmp_path / "meshes"
-    photos.mkdir()
+    photos, out = tmp_path / "photos", tmp_path / "meshes-1.5"
+    (photos / "folder.png").mkdir(parents=True)
+    (photos / "link.png").symlink_to(tmp_path / "nowhere.png")
     for i in range(2):
         Image.fromarray(picture(i)).save(photos / f"{i}.png")
     Image.new("RGBA", (40, 40)).save(photos / "empty.png")
+    (photos / "cut.png").write_bytes((photos / "0.png").read_bytes()[:20])
     (photos / "notes.txt").write_text("not an image")
     status = command(f"--image={photos}", f"--checkpoint={release}", f"--out={out}", "--format=ply")
-    assert status == "1 of the images failed"
+    assert status == "2 of the images failed"
     assert sorted(path.name for path in out.iterdir()) == ["0.json", "0.ply", "1.json", "1.ply"]
-    assert "[3/3] empty.ply: passed over" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "[3/4] cut.ply: passed over" in told and "[4/4] empty.ply: passed over" in told
 
     (photos / "empty.png").unlink()
+    (photos / "cut.png").unlink()
     (out / "1.ply").unlink()
     before = (out / "0.ply").stat().st_mtime_ns
     arguments = [f"--image={photos}", f"--checkpoint={release}", f"--out={out}", "--format=ply"]
@@ -375,6 +384,44 @@ def test_folders_become_folders_and_bad_images_are_passed_over(release, tmp_path
     assert (out / "1.ply").exists() and (out / "0.ply").stat().st_mtime_ns == before
     assert command(*arguments, "--skip_existing") == 0  # nothing to do
     assert (out / "0.ply").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("moment", ["turntable", 0, 1, 2])
+def test_where_a_mesh_is_all_is_whenever_it_was_stopped(tmp_path, monkeypatch, moment):
+    """--skip_existing looks for the mesh alone. `moment`: the turntable is drawn, or the nth file put in place."""
+    calls, replace, names = itertools.count(), os.replace, {"a.glb", "a.json", "a.turntable.png"}
+
+    def draw(mesh, path):
+        if moment == "turntable":
+            raise KeyboardInterrupt
+        path.write_bytes(b"a picture")
+
+    def stop(*paths):
+        if next(calls) == moment:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(program.turntable, "save", draw)
+    monkeypatch.setattr(os, "replace", stop)
+    shape = pipeline.Shape(trimesh.creation.box(), {"faces": 12})
+    with pytest.raises(KeyboardInterrupt):
+        program.write(shape, tmp_path / "a.glb", "png", {})
+    assert {path.name for path in tmp_path.iterdir()} <= names - {"a.glb"}
+    moment = None
+    program.write(shape, tmp_path / "a.glb", "png", {})
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_folders_for_meshes_may_have_any_name_but_a_mesh_s(tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    for name in ("run-1.5", "meshes_2024.01", "there.v2", "there.glb"):
+        if name.startswith("there"):
+            (tmp_path / name).mkdir()
+        found = program.find_images(str(tmp_path), str(tmp_path / name), {}, "ply")
+        assert found == {tmp_path / name / "a.ply": tmp_path / "a.png"}
+    for name in ("new.glb", "new.PLY", "a.png"):
+        with pytest.raises(ValueError, match="must be one too"):
+            program.find_images(str(tmp_path), str(tmp_path / name), {}, "ply")
 
 
 def test_a_function_of_the_user_s_cuts_opaque_images_out(release, tmp_path, capsys, monkeypatch):
@@ -388,7 +435,7 @@ def test_a_function_of_the_user_s_cuts_opaque_images_out(release, tmp_path, caps
     arguments.append(f"--out={tmp_path / 'new' / 'photo.stl'}")
     assert command(*arguments, "--matting=scissors:cut") == 0
     assert (tmp_path / "new" / "photo.stl").exists()
-    for name in ("scissors:paste", "absent:cut", ":"):
+    for name in ("scissors:paste", "absent:cut", ":", "os:sep"):
         assert command(*arguments, f"--matting={name}") == 2
         assert f"error: --matting={name}: " in capsys.readouterr().err
 
@@ -397,6 +444,7 @@ def test_errors_are_one_line_before_any_work(release, tmp_path, capsys, monkeypa
     monkeypatch.setattr(ImageToShape, "load", lambda *a, **k: pytest.fail("the models were loaded"))
     Image.fromarray(picture()).save(tmp_path / "a.png")
     Image.new("RGBA", (40, 40)).save(tmp_path / "empty.png")
+    (tmp_path / "folder.glb").mkdir()
     image, checkpoint, out = (
         f"--image={tmp_path / 'a.png'}",
         f"--checkpoint={release}",
@@ -408,6 +456,10 @@ def test_errors_are_one_line_before_any_work(release, tmp_path, capsys, monkeypa
         ((checkpoint, out), "give --image and --out"),
         (("--image=absent.png", checkpoint, out), "there is no image absent.png"),
         ((image, checkpoint, "--out=a.fbx"), "must end in one of .glb, .obj, .ply, .stl"),
+        (
+            (image, checkpoint, f"--out={tmp_path / 'folder.glb'}"),
+            "is a folder, and --image is not",
+        ),
         ((f"--image={tmp_path}", checkpoint, "--out=a.glb"), "must be one too"),
         ((f"--image={tmp_path}", checkpoint, "--out=b", "--back=a.png"), "--back need one --image"),
         ((f"--image={tmp_path / 'empty.png'}", checkpoint, out), "transparent all over"),

@@ -5,6 +5,7 @@ import pytest
 import trimesh
 from PIL import Image
 
+from research.hunyuan3d_2.geometry import cleaning, meshes
 from research.hunyuan3d_2.render import cameras, condition, rasterize, shading, turntable
 
 BOTH = pytest.mark.parametrize("implementation", ["numpy", "jax"])
@@ -327,6 +328,34 @@ def test_views_to_learn_from():
         condition.views(mesh, 0, 64, np.random.default_rng(0))
     with pytest.raises(ValueError, match="without faces"):
         condition.views(trimesh.Trimesh(), 1, 64, np.random.default_rng(0))
+
+
+def test_a_material_without_uvs_is_the_colour_of_all(tmp_path):
+    """As in our own files: what is saved can be rendered."""
+    box = trimesh.creation.box()
+    plain = meshes.read(cleaning.save(box, tmp_path / "plain.glb"))
+    assert (shading.surface(plain).colours_F33 == np.float32(200 / 255)).all()
+    assert shading.render(plain, [0], [0], 16)[0, 8, 8, 3] == 255
+    red = trimesh.visual.material.PBRMaterial(baseColorFactor=[255, 0, 0, 255])
+    box.visual = trimesh.visual.TextureVisuals(material=red)
+    found = meshes.read(cleaning.save(box, tmp_path / "red.glb"))
+    assert (shading.surface(found).colours_F33 == [1, 0, 0]).all()
+
+
+def test_vertices_of_no_face_change_nothing():
+    box = trimesh.creation.box([1.0, 0.5, 0.25])
+    box.visual.vertex_colors = np.random.default_rng(0).integers(0, 256, (8, 4))
+    stray = trimesh.Trimesh(
+        np.concatenate([[[10.0, 0, 0]], box.vertices, [[np.nan, 0, 0]]]),
+        box.faces + 1,
+        vertex_colors=np.pad(box.visual.vertex_colors, ((1, 1), (0, 0))),
+        process=False,
+    )
+    for a, b in zip(shading.surface(stray), shading.surface(box), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for fill in (None, 0.85):
+        images = [shading.render(m, [20], [10], 32, fill=fill) for m in (stray, box)]
+        np.testing.assert_array_equal(*images)
 
 
 def test_named_views_see_their_side():

@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, with the values of its 'parameters' cell shrunk."""
 
+import json
 import pathlib
 
 import pytest
@@ -32,12 +33,29 @@ PRINTED = {
         "k3 as a loss: the gradient is that of KL(ref, pi)",
         "k1 as a loss: the gradient is 0",
     ),
-    "06_shape_generation": ("training tiny ones", "'watertight': True", "<iframe"),
+    "06_shape_generation": ("training tiny ones", "saturates 0.2", "'watertight': True", "<iframe"),
 }
 
 
 def test_there_are_notebooks():
     assert {path.stem for path in NOTEBOOKS} == set(SMALL)
+
+
+@pytest.mark.parametrize("started_in", ["notebooks", "."])
+def test_shapes_find_the_trained_models_and_what_they_learned(tmp_path, monkeypatch, started_in):
+    """As `make shape-model` leaves them, for a Jupyter that was started at the root or shows a notebook's folder."""
+    for name, config in (("dit", {"vae": "runs/vae"}), ("vae", {"truncation": 0.07})):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps(config))
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / started_in)
+    (path,) = (path for path in NOTEBOOKS if path.stem == "06_shape_generation")
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    names = {}
+    for cell in cells[:2]:  # the parameters, and the set-up
+        exec("".join(cell["source"]), names)
+    assert names["trained"].samefile(tmp_path / "runs" / "dit")
+    assert names["learned_truncation"](names["trained"]) == 0.07
 
 
 @pytest.mark.slow

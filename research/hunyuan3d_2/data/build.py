@@ -4,6 +4,8 @@ python -m research.hunyuan3d_2.data.build --out=data/shapes --train=2000 --heldo
 python -m research.hunyuan3d_2.data.build --out=data/mine --meshes=my/meshes --heldout_share=0.1
 """
 
+import sys
+
 from absl import app, flags
 
 from research.hunyuan3d_2.data import shapes
@@ -25,6 +27,17 @@ _VIEW_SIZE = flags.DEFINE_integer("view_size", _OF.view_size, "Pixels along a vi
 
 
 def main(_) -> None:
+    try:
+        prepare()
+    except (ValueError, OSError) as error:  # MeshError is a ValueError
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        raise SystemExit("\nStopped. The same command goes on where it was.") from None
+
+
+def prepare() -> None:
+    """Both splits, as the flags say. Raises what `shapes.build` and its sources raise."""
     points = _POINTS.value
     config = shapes.PoolConfig(
         points, points, points, views=_VIEWS.value, view_size=_VIEW_SIZE.value
@@ -40,12 +53,7 @@ def main(_) -> None:
         if not count:
             print(f"{split}: no shapes")
             continue
-        try:
-            root = shapes.build(
-                source, _OUT.value, config, workers=_WORKERS.value, seed=_SEED.value
-            )
-        except KeyboardInterrupt:
-            raise SystemExit("\nStopped. The same command goes on where it was.") from None
+        root = shapes.build(source, _OUT.value, config, workers=_WORKERS.value, seed=_SEED.value)
         held = shapes.open_split(_OUT.value, split)
         print(f"{root}: {len(held)} of {count} shapes")
 

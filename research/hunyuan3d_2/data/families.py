@@ -333,12 +333,12 @@ FAMILIES: dict[str, Family] = {
 
 
 def _solid(vertices: np.ndarray, faces: np.ndarray) -> Solid:
-    solid = Solid(
-        manifold3d.Mesh64(np.ascontiguousarray(vertices, np.float64), np.asarray(faces, np.uint64))
-    )
+    """The solid that closed faces bound, whether all of them look outward or all inward."""
+    points = np.ascontiguousarray(vertices, np.float64)
+    solid = Solid(manifold3d.Mesh64(points, np.asarray(faces, np.uint64)))
     if solid.status() != manifold3d.Error.NoError:
         raise RuntimeError(f"a procedural shape is not a solid: {solid.status()}")
-    return solid if solid.volume() > 0 else solid.mirror((0, 0, 0))
+    return _solid(vertices, np.asarray(faces)[:, ::-1]) if solid.volume() < 0 else solid
 
 
 def _largest(solid: Solid) -> Solid:

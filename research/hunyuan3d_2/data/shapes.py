@@ -8,7 +8,7 @@ says what was done to it and what was passed over:
     open_split("data/shapes", "train")[0]["uniform"]
 
 A file is made anew only if its mesh, the configuration or the seed has changed, so that an
-interrupted build goes on where it was.
+interrupted build goes on where it was. `index.json` is there only when all files are as it says.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ from research.hunyuan3d_2.geometry import meshes, queries, surface
 from research.hunyuan3d_2.geometry.distance import signed_distance
 
 _VERSION = 1  # of what is in a file; another one is made anew
+_MOST_BYTES = 230  # of a file's name without the ending; with it and a process id, 255 is the most
 _log = logging.getLogger(__name__)
 Split = families.Split
 
@@ -137,7 +138,7 @@ class FolderSource:
         return solid, looks, done
 
     def _is_held_out(self, name: str) -> bool:
-        return zlib.crc32(name.encode()) / 2**32 < self.heldout
+        return zlib.crc32(os.fsencode(name)) / 2**32 < self.heldout
 
     @property
     def _root(self) -> pathlib.Path:
@@ -198,6 +199,11 @@ def build(
             todo.append(job)
         else:
             shapes[name] = done
+    held = _read_index(root)
+    passed_over = {shape["name"] for shape in held.get("failed", [])}  # they are tried again
+    if any(job.name not in passed_over for job in todo):
+        (root / "index.json").unlink(missing_ok=True)
+        held = {}
     bar = tqdm(
         total=len(names), initial=len(shapes), desc=str(root), disable=not sys.stderr.isatty()
     )
@@ -219,7 +225,8 @@ def build(
         "shapes": [{"name": name, "done": shapes[name]} for name in names if name in shapes],
         "failed": [{"name": name, "reason": failed[name]} for name in names if name in failed],
     }
-    _replace(root / "index.json", json.dumps(index, indent=1).encode())
+    if index != held:
+        _replace(root / "index.json", json.dumps(index, indent=1).encode())
     return root
 
 
@@ -286,7 +293,7 @@ class _Job:
         try:
             with safetensors.safe_open(self.path, "numpy") as file:
                 held = file.metadata() or {}
-        except (FileNotFoundError, safetensors.SafetensorError):
+        except (OSError, safetensors.SafetensorError):
             return None
         return json.loads(held["done"]) if held.get("fingerprint") == self.fingerprint() else None
 
@@ -303,7 +310,7 @@ class _Job:
         """(what was done to the mesh, why it cannot be used or '')."""
         try:
             solid, looks, done = self.source.load(self.name)
-            rng = np.random.default_rng([*self.name.encode(), self.seed % 2**63])
+            rng = np.random.default_rng([*os.fsencode(self.name), self.seed % 2**63])
             arrays = pools(solid, rng, self.config)
             arrays["vertices"] = np.asarray(solid.vertices, np.float32)
             arrays["faces"] = np.asarray(solid.faces, np.int32)
@@ -311,12 +318,12 @@ class _Job:
                 from research.hunyuan3d_2.render.condition import views
 
                 arrays["views"] = views(looks, self.config.views, self.config.view_size, rng)
+            arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+            held = {"fingerprint": self.fingerprint(), "done": json.dumps(done)}
         except Exception as error:  # of one damaged file; the others go on
             kind = "" if isinstance(error, meshes.MeshError) else f"{type(error).__name__}: "
             return [], f"{kind}{error}" or type(error).__name__
-        arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
-        held = {"fingerprint": self.fingerprint(), "done": json.dumps(done)}
-        _replace(self.path, safetensors.numpy.save(arrays, held))
+        _replace(self.path, safetensors.numpy.save(arrays, held))  # a full disk ends the build
         return done, ""
 
 
@@ -330,12 +337,28 @@ def _start_worker() -> None:
 
 
 def _file(root: pathlib.Path, name: str) -> pathlib.Path:
-    """Where a shape is kept; two names never have one file."""
-    return root / (name.replace("%", "%25").replace("/", "%2F") + ".safetensors")
+    """Where a shape is kept; two names never have one file, and a long one is shortened."""
+    quoted = name.replace("%", "%25").replace("/", "%2F")
+    encoded = os.fsencode(quoted)
+    if len(encoded) > _MOST_BYTES:
+        start = encoded[:100].decode(errors="ignore")
+        quoted = f"{start}%-{hashlib.sha256(encoded).hexdigest()}"
+    return root / f"{quoted}.safetensors"
+
+
+def _read_index(root: pathlib.Path) -> dict:
+    """{} where there is none that can be read."""
+    try:
+        return json.loads((root / "index.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -38,9 +38,10 @@ def drop_degenerate(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
 
 
 def decimate(mesh: trimesh.Trimesh, faces: int) -> trimesh.Trimesh:
-    """At most about `faces` faces, by edge collapse in the order of quadric error.
+    """About `faces` faces, by edge collapse in the order of quadric error.
 
-    Geometry alone: colours and UVs have no meaning on the new vertices. A closed mesh stays closed, and
+    They may be more where the surface would fold over itself: thin parts keep a few hundred faces. Geometry
+    alone: colours and UVs have no meaning on the new vertices. A closed mesh stays closed, and
     one with two faces at each edge nearly always stays so too. Raises ValueError for fewer than 4
     faces, the least that bound a solid.
     """
@@ -49,10 +50,13 @@ def decimate(mesh: trimesh.Trimesh, faces: int) -> trimesh.Trimesh:
     if len(mesh.faces) <= faces:
         return mesh
     vertices, before = _arrays(mesh)
-    vertices, after = solids.simplify(vertices, before, faces)
+    size = np.ptp(vertices[np.unique(before)], axis=0).max()
+    if not size > 0:
+        return mesh
+    vertices, after = solids.simplify(vertices / size, before, faces)
     if not (topology.edges(before).faces > 2).any():
         vertices, after = _without_pinches(vertices, after)
-    return _mesh(vertices, after)
+    return _mesh(vertices * size, after)
 
 
 def save(mesh: trimesh.Trimesh, path: str | os.PathLike) -> pathlib.Path:

@@ -37,7 +37,7 @@ def extract(
 
     Raises:
       NoSurface: no value is above the level, or all are.
-      ValueError: the field is not finite or no grid.
+      ValueError: the field is not finite or no grid, or the level is not finite.
     """
     field = np.asarray(field_XYZ, np.float32)
     if field.ndim != 3 or min(field.shape) < 2:
@@ -47,6 +47,8 @@ def extract(
         raise ValueError(
             f"{bad} of {field.size} values of the field are NaN or infinite; fill them first"
         )
+    if not np.isfinite(level):
+        raise ValueError(f"the level must be finite, got {level}")
     field = field - np.float32(level)
     low, high = field.min(), field.max()
     if low > 0 or high <= 0:

@@ -18,6 +18,7 @@ from research.hunyuan3d_2.geometry import solids, topology
 
 MAX_FACES = 1_000_000
 HALF_SIDE = 0.9999  # §2.1: half the longest side of a normalised mesh
+GREY = 190  # of what has no colours
 
 _WELD = 1e-6  # of the longest side: vertices nearer than this are one
 _HOLE = 0.15  # of the longest side: holes with a rim not longer than this are filled
@@ -63,7 +64,10 @@ class Transform:
 
 
 def read(path: str | os.PathLike) -> trimesh.Trimesh:
-    """All of a GLB, GLTF, OBJ, STL, PLY or OFF file as one mesh, with its colours and UVs.
+    """All triangles of a GLB, GLTF, OBJ, STL, PLY or OFF file as one mesh, with its colours and UVs.
+
+    Points and lines are left out. Parts that are coloured in different ways (by textures or materials, at
+    vertices, not at all) are all given colours at their vertices.
 
     Raises FileNotFoundError, or MeshError for a file that cannot be read or holds no faces.
     """
@@ -76,8 +80,13 @@ def read(path: str | os.PathLike) -> trimesh.Trimesh:
         )
     try:
         scene = trimesh.load_scene(path, process=False)
-        for part in scene.geometry.values():
+        parts = {n: p for n, p in scene.geometry.items() if isinstance(p, trimesh.Trimesh)}
+        scene.delete_geometry(set(scene.geometry) - set(parts))
+        for part in parts.values():
             _show_colours(part)
+        if len({part.visual.kind for part in parts.values()}) > 1:
+            for part in parts.values():
+                part.visual = _at_vertices(part)
         mesh = scene.to_mesh()
     except Exception as error:  # the readers raise whatever they stumble over
         raise MeshError(
@@ -90,17 +99,28 @@ def read(path: str | os.PathLike) -> trimesh.Trimesh:
     return mesh
 
 
+def vertex_colours(mesh: trimesh.Trimesh) -> np.ndarray:
+    """The mesh's own colours, or those of its texture or material, or grey, at the vertices; uint8 RGBA [V, 4]."""
+    visual = mesh.visual
+    if visual.kind == "texture":
+        visual = visual.to_color()  # of a single colour where there are no UVs
+    grey = np.array([GREY, GREY, GREY, 255], np.uint8)
+    colours = grey if visual.kind is None else np.asarray(visual.vertex_colors)
+    return np.broadcast_to(colours, (len(mesh.vertices), 4))
+
+
 def check(mesh: trimesh.Trimesh) -> Report:
     """What is unusual in a mesh. Changes nothing, and raises nothing however bad the mesh is."""
     vertices, faces = np.asarray(mesh.vertices, np.float64), np.asarray(mesh.faces, np.int64)
     finite = np.isfinite(vertices).all(1)
     sound = faces[finite[faces].all(1)]
     longest = _longest(vertices, sound)
-    welded_vertices, welded = (
-        topology.weld(vertices, sound, _WELD * longest) if longest else (vertices, sound[:0])
-    )
+    if 0 < longest < np.inf:
+        scaled, welded = topology.weld(vertices / longest, sound, _WELD)
+    else:
+        scaled, welded = vertices, sound[:0]
     table = topology.edges(welded)
-    flat = topology.areas(welded_vertices, welded) <= 1e-14 * longest**2
+    flat = topology.areas(scaled, welded) <= 1e-14
     return Report(
         vertices=len(vertices),
         faces=len(faces),
@@ -172,6 +192,10 @@ def repair(mesh: trimesh.Trimesh, max_faces: int = MAX_FACES) -> tuple[trimesh.T
         vertices, faces = topology.weld(*solids.simplify(vertices, faces, max_faces), _WELD)
     vertices, faces = _solid(vertices, faces, done)
     return trimesh.Trimesh(vertices * size + centre, faces, process=False), done
+
+
+def _at_vertices(part: trimesh.Trimesh) -> trimesh.visual.ColorVisuals:
+    return trimesh.visual.ColorVisuals(part, vertex_colors=vertex_colours(part))
 
 
 def _show_colours(part: trimesh.Trimesh) -> None:

@@ -3,6 +3,8 @@
 All arrays as in topology.py; lengths are in units of the mesh's longest side.
 """
 
+from collections.abc import Iterator
+
 import fast_simplification
 import igl
 import manifold3d
@@ -12,6 +14,10 @@ from scipy import ndimage
 from research.hunyuan3d_2.geometry import isosurface, topology
 
 _CELL = 1 / 128  # of the grid on which a shell is made; a shell is two cells thick
+_POINTS = 1 << 18  # that cover faces, at once
+# How fast the error that is allowed rises while edges are collapsed. Slowly is close to the order of the
+# errors, and thin parts stay, but it ends with faces left; then faster.
+_PACES = (3, 4, 5, 6, 7)
 
 
 def outward(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, int]:
@@ -35,22 +41,25 @@ def outward(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, int]:
 def united(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """The union of closed bodies, since surface inside a solid is not its boundary.
 
-    None if there is nothing to unite: one body, none that overlap or touch, or cavities, where the
-    windings say already what is inside; or if a body is not a manifold.
+    A body and the cavities in it are one solid. None if there is nothing to unite: one solid, or none that
+    overlap or touch; or if a cavity is in no body, or a solid is not a manifold.
     """
     count, label = topology.components(faces)
-    if count < 2 or (topology.volumes(vertices, faces, count, label) <= 0).any():
+    volumes = topology.volumes(vertices, faces, count, label)
+    low, high = _boxes(vertices, faces, label, count)
+    if not _touch(low[volumes > 0], high[volumes > 0]):
         return None
-    if not _boxes_touch(vertices, faces, label, count):
+    solid = _solids(vertices, faces, label, volumes, low, high)
+    if (solid < 0).any():
         return None
-    bodies = []
-    for body in range(count):
-        v, f = topology.compact(vertices, faces[label == body])
-        bodies.append(manifold3d.Manifold(manifold3d.Mesh64(v, f.astype(np.uint64))))
-        if bodies[-1].status() != manifold3d.Error.NoError:
+    manifolds = []
+    for body in np.unique(solid):
+        v, f = topology.compact(vertices, faces[solid[label] == body])
+        manifolds.append(manifold3d.Manifold(manifold3d.Mesh64(v, f.astype(np.uint64))))
+        if manifolds[-1].status() != manifold3d.Error.NoError:
             return None
-    union = manifold3d.Manifold.batch_boolean(bodies, manifold3d.OpType.Add)
-    apart = sum(body.surface_area() for body in bodies)
+    union = manifold3d.Manifold.batch_boolean(manifolds, manifold3d.OpType.Add)
+    apart = sum(manifold.surface_area() for manifold in manifolds)
     if apart - union.surface_area() <= 1e-9 * apart:
         return None
     mesh = union.to_mesh64()
@@ -98,7 +107,8 @@ def thicken(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.nda
     low = vertices.min(0) - 4 * _CELL
     cells = int(np.ceil((np.ptp(vertices, axis=0).max() + 8 * _CELL) / _CELL))
     near = np.zeros((cells + 1,) * 3, bool)
-    near[tuple(np.round((_cover(vertices, faces) - low) / _CELL).astype(np.int64).T)] = True
+    for points in _cover(vertices, faces):
+        near[tuple(np.round((points - low) / _CELL).astype(np.int64).T)] = True
     near = ndimage.binary_dilation(near, np.ones((3, 3, 3), bool), iterations=3)
     at = np.argwhere(near)
     squared = igl.point_mesh_squared_distance(at * _CELL + low, vertices, faces)[0]
@@ -110,33 +120,66 @@ def thicken(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def simplify(vertices: np.ndarray, faces: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """About `count` faces by collapsing edges at the least quadric error. Keeps closed what is closed."""
-    if len(faces) <= count:
-        return vertices, faces
-    points, triangles = fast_simplification.simplify(vertices, faces, target_count=count)[:2]
-    return np.asarray(points, np.float64), np.asarray(triangles, np.int64)
+    for pace in _PACES:
+        if len(faces) <= count:
+            break
+        found = fast_simplification.simplify(vertices, faces, target_count=count, agg=pace)
+        vertices, faces = np.asarray(found[0], np.float64), np.asarray(found[1], np.int64)
+    return vertices, faces
 
 
-def _cover(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Points on the faces, none of whose points is further than a cell from all of them."""
+def _cover(vertices: np.ndarray, faces: np.ndarray) -> Iterator[np.ndarray]:
+    """Points on the faces, [N, 3] at a time; none of the faces' points is further than a cell from all."""
     corners = vertices[faces]
     sides = np.linalg.norm(corners - np.roll(corners, 1, axis=1), axis=2).max(1)
-    points = []
     for steps in np.unique(np.ceil(sides / _CELL).astype(np.int64)):
         i, j = np.divmod(np.arange((steps + 1) ** 2), steps + 1)
         weights = np.stack([i, j, steps - i - j], axis=1)[i + j <= steps] / max(steps, 1)
-        points.append((weights @ corners[np.ceil(sides / _CELL) == steps]).reshape(-1, 3))
-    return np.concatenate(points)
+        alike = corners[np.ceil(sides / _CELL) == steps]
+        at_once = max(1, _POINTS // len(weights))
+        for i in range(0, len(alike), at_once):
+            yield (weights @ alike[i : i + at_once]).reshape(-1, 3)
 
 
-def _boxes_touch(vertices: np.ndarray, faces: np.ndarray, label: np.ndarray, count: int) -> bool:
-    """Whether the bounding boxes of any two bodies overlap."""
+def _boxes(
+    vertices: np.ndarray, faces: np.ndarray, label: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The corners, [count, 3] each, of the bodies' bounding boxes."""
     low, high = np.full((count, 3), np.inf), np.full((count, 3), -np.inf)
     np.minimum.at(low, np.repeat(label, 3), vertices[faces].reshape(-1, 3))
     np.maximum.at(high, np.repeat(label, 3), vertices[faces].reshape(-1, 3))
+    return low, high
+
+
+def _touch(low: np.ndarray, high: np.ndarray) -> bool:
+    """Whether any two boxes overlap."""
     order = np.argsort(low[:, 0])
     low, high = low[order], high[order]
-    for i in range(count - 1):
+    for i in range(len(low) - 1):
         near = slice(i + 1, np.searchsorted(low[:, 0], high[i, 0], side="right"))
         if ((low[near] <= high[i]) & (high[near] >= low[i])).all(1).any():
             return True
     return False
+
+
+def _solids(
+    vertices: np.ndarray,
+    faces: np.ndarray,
+    label: np.ndarray,
+    volumes: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+) -> np.ndarray:
+    """[count]: for a body its own number, for a cavity that of the smallest body that holds it; -1 if none does."""
+    solid = np.where(volumes > 0, np.arange(len(volumes)), -1)
+    for body in np.argsort(volumes):
+        held = (solid < 0) & (low >= low[body]).all(1) & (high <= high[body]).all(1)
+        if volumes[body] <= 0 or not held.any():
+            continue
+        corners = held[label]
+        inside = igl.fast_winding_number(
+            vertices, faces[label == body], vertices[faces[corners].ravel()]
+        )
+        held[np.repeat(label[corners], 3)[inside < 0.5]] = False
+        solid[held] = body
+    return solid

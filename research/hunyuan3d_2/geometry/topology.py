@@ -9,6 +9,7 @@ import dataclasses
 
 import numpy as np
 import scipy.sparse
+import scipy.spatial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +66,21 @@ def compact(vertices_V3: np.ndarray, faces_F3: np.ndarray) -> tuple[np.ndarray, 
 def weld(
     vertices_V3: np.ndarray, faces_F3: np.ndarray, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One vertex for all in one cell of a grid, and no face that has a vertex twice."""
+    """One vertex for all that are within `tolerance` of each other, and no face that has a vertex twice.
+
+    Vertices are put in the cells of a grid, and cells that touch are one: those further apart than four
+    times the tolerance stay apart, unless others lie between.
+    """
     vertices, faces = compact(vertices_V3, faces_F3)
     if not len(faces):
         return vertices, faces
     cells = np.round((vertices - vertices.min(0)) / tolerance).astype(np.int64)
-    _, first, index = np.unique(cells, axis=0, return_index=True, return_inverse=True)
-    vertices, faces = vertices[first], index.reshape(-1)[faces]
+    cells, first, index = np.unique(cells, axis=0, return_index=True, return_inverse=True)
+    touching = scipy.spatial.cKDTree(cells).query_pairs(1.5, p=np.inf, output_type="ndarray")
+    graph = scipy.sparse.csr_array((np.ones(len(touching)), touching.T), (len(cells),) * 2)
+    label = scipy.sparse.csgraph.connected_components(graph, directed=False)[1]
+    vertices = vertices[first[np.unique(label, return_index=True)[1]]]
+    faces = label.astype(np.int64)[index.reshape(-1)][faces]
     return compact(vertices, faces[(faces != np.roll(faces, 1, axis=1)).all(1)])
 
 

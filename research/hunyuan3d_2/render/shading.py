@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import trimesh
 
+from research.hunyuan3d_2.geometry import meshes, topology
 from research.hunyuan3d_2.render import cameras
 from research.hunyuan3d_2.render.rasterize import Raster, rasterize
 
-GREY = 190  # of a mesh without colours
 _SMOOTH = np.cos(
     np.deg2rad(35)
 )  # faces that meet at less than this are shaded as one curved surface
@@ -36,15 +36,16 @@ class Surface(NamedTuple):
 
 
 def surface(mesh: trimesh.Trimesh) -> Surface:
-    """The mesh in its frame, with its vertex or face colours (those of its texture at the vertices).
+    """The mesh in its frame, with its vertex or face colours (those of its texture or material at the vertices).
 
-    Raises ValueError for a mesh without faces, without extent, or with vertices that are not finite.
+    Vertices of no face are left out. Raises ValueError for a mesh without faces, without extent, or with vertices
+    that are not finite.
     """
     if not len(mesh.faces):
         raise ValueError("cannot render a mesh without faces")
-    faces = np.asarray(mesh.faces, np.int32)
-    vertices = cameras.frame(mesh.vertices)
-    return Surface(vertices, faces, _corner_normals(vertices, faces), _corner_colours(mesh, faces))
+    used, faces = topology.compact(np.asarray(mesh.vertices), np.asarray(mesh.faces))
+    vertices, faces = cameras.frame(used), faces.astype(np.int32)
+    return Surface(vertices, faces, _corner_normals(vertices, faces), _corner_colours(mesh))
 
 
 def normal_map(raster: Raster, of: Surface) -> np.ndarray:
@@ -190,13 +191,9 @@ def _corner_normals(vertices_N3, faces_F3) -> np.ndarray:
     return corners.reshape(-1, 3, 3)
 
 
-def _corner_colours(mesh: trimesh.Trimesh, faces_F3) -> np.ndarray:
-    visual = mesh.visual
-    if visual.kind == "texture":
-        visual = visual.to_color()
-    if visual.kind == "vertex":
-        return np.asarray(visual.vertex_colors)[faces_F3, :3].astype(np.float32) / 255
-    if visual.kind == "face":
-        colours = np.asarray(visual.face_colors)[:, :3].astype(np.float32) / 255
-        return np.repeat(colours[:, None], 3, 1)
-    return np.full((len(faces_F3), 3, 3), GREY / 255, np.float32)
+def _corner_colours(mesh: trimesh.Trimesh) -> np.ndarray:
+    if mesh.visual.kind == "face":
+        colours = np.repeat(np.asarray(mesh.visual.face_colors)[:, None], 3, 1)
+    else:
+        colours = meshes.vertex_colours(mesh)[np.asarray(mesh.faces)]
+    return colours[..., :3].astype(np.float32) / 255
