@@ -3,7 +3,10 @@
 A run's directory holds `model/decoder.json` and the tokenizer's files beside `checkpoints/`.
 """
 
+import dataclasses
 import pathlib
+
+import jax
 
 from research.core import checkpoint, config
 from research.lm import hf
@@ -27,13 +30,19 @@ def describe(workdir: str | pathlib.Path, model: Decoder, tokenizer: Tokenizer) 
 
 
 def load(
-    source: str | pathlib.Path, step: int | str | None = None, *, quantize: bool = False
+    source: str | pathlib.Path,
+    step: int | str | None = None,
+    *,
+    quantize: bool = False,
+    dtype: str | None = None,
 ) -> tuple[Decoder, dict, Tokenizer]:
     """(model, parameters, tokenizer) of a run or of a Hugging Face directory.
 
     Args:
       step: which checkpoint of a run: a step, 'best', or None for the newest.
       quantize: large matrices as int8, to decode and score with (`research.lm.quantize`).
+      dtype: of the parameters; None keeps them as stored. Training wants 'float32': updates of small rates are lost
+        in the bfloat16 of most published models.
 
     Raises:
       ValueError: `source` is neither, or is empty text.
@@ -48,6 +57,9 @@ def load(
     if described.exists():
         model = Decoder(config.load(described, DecoderConfig))
         params = checkpoint.load_params(directory / _CHECKPOINTS, step)
+        if dtype is not None:
+            model = Decoder(dataclasses.replace(model.config, param_dtype=dtype))
+            params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         params = int8.quantize(params) if quantize else params
         return model, params, Tokenizer.load(directory / _MODEL)
     if reward_model_file(directory).exists():
@@ -64,7 +76,7 @@ def load(
         raise ValueError(
             f"{directory} is a Hugging Face directory, which has no checkpoint {step!r}"
         )
-    model, params = hf.load(directory, quantize=quantize)
+    model, params = hf.load(directory, quantize=quantize, dtype=dtype)
     return model, params, Tokenizer.load(directory)
 
 

@@ -168,9 +168,10 @@ def build(
     Raises ValueError, before any training, for what cannot be trained on, and FileNotFoundError.
     """
     if model is None:
-        model, params, tokenizer = checkpoints.load(config.init_from)
+        model, params, tokenizer = checkpoints.load(config.init_from, dtype="float32")
     model = Decoder(trainer.with_own(model.config, config))
     grid = trainer.grid_of(config, model)
+    model = trainer.runnable(model, grid)
     return _Run(config, pathlib.Path(workdir), model, params, tokenizer, grid).trainer()
 
 
@@ -216,7 +217,7 @@ class _Run:
         # What was loaded is not held beside the state, but loaded again if `init` is called again.
         given, self.params = self.params, None if self.config.init_from else self.params
         if given is None:
-            given = checkpoints.load(self.config.init_from)[1]
+            given = checkpoints.load(self.config.init_from, dtype="float32")[1]
         return trainer.create_state(create, given, self.grid, self.rules)
 
     def collect(self, state: TrainState, at: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:

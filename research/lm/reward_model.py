@@ -191,13 +191,14 @@ def build(
         params = value_head.init(params, model.config.hidden_size)
     model = Decoder(trainer.with_own(model.config, config))
     grid = trainer.grid_of(config, model)
+    model = trainer.runnable(model, grid)
     return _Run(config, pathlib.Path(workdir), model, params, tokenizer, grid).trainer()
 
 
 def _start(init_from: str) -> tuple[Decoder, Any, Tokenizer]:
     if init_from and checkpoints.reward_model_file(init_from).exists():
         return load(init_from)[:3]
-    model, params, tokenizer = checkpoints.load(init_from)
+    model, params, tokenizer = checkpoints.load(init_from, dtype="float32")
     return model, value_head.init(params, model.config.hidden_size), tokenizer
 
 

@@ -271,7 +271,7 @@ class Tokenizer:
         if self.bos_id is None or self.bos_id not in self.encode("", add_special=True)[:1]:
             return rows
         begin = np.array([self.bos_id], np.int32)
-        return [row if row[:1] == begin else np.concatenate([begin, row]) for row in rows]
+        return [row if self.bos_id in row[:1] else np.concatenate([begin, row]) for row in rows]
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Text of ids. Broken UTF-8 becomes U+FFFD; an id outside the vocabulary is left out."""

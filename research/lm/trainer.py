@@ -110,9 +110,14 @@ def build(
     schedule = ramps.Schedule(config.batch_ramp, config.data.batch_size, config.data.seq_len)
     name = "a batch of batch_ramp" if config.batch_ramp else "data.batch_size"
     grid = grid_of(config, model, schedule.sizes, name)
+    model = runnable(model, grid)
     if config.batch_ramp and isinstance(examples, grain.IterDataset):
         raise ValueError("batch_ramp needs rows to make batches of, not a dataset of whole batches")
     train, held_out = _datasets(config, schedule.unit, tokenizer, examples, eval_examples)
+    if held_out is not None and next(iter(held_out), None) is None:
+        raise ValueError(
+            f"nothing of the held-out data (eval_sources) fits in data.seq_len={config.data.seq_len} tokens"
+        )
     run = _Run(config, pathlib.Path(workdir), model, params, tokenizer, grid)
     return run.trainer(schedule, train, held_out)
 
@@ -193,6 +198,14 @@ def grid_of(
                 f"{name}={rows} must be a multiple of {shards} devices x micro_rows={config.micro_rows or 1}"
             )
     return grid
+
+
+def runnable(model: Decoder, grid: Mesh) -> Decoder:
+    """`model` with kernels that can run on the mesh: the compiler, which splits arrays by sharding rules, cannot split
+    what Pallas kernels do, so there 'auto' is 'xla'."""
+    if rules_of(grid) is None or model.config.kernels != "auto":
+        return model
+    return Decoder(dataclasses.replace(model.config, kernels="xla"))
 
 
 def rules_of(grid: Mesh) -> sharding.Rules | None:
@@ -282,7 +295,7 @@ class _Run:
 
         given, self.params = self.params, None if self.config.init_from else self.params
         if given is None and self.config.init_from:  # called again; not held in the meantime
-            given = checkpoints.load(self.config.init_from)[1]
+            given = checkpoints.load(self.config.init_from, dtype="float32")[1]
         return create_state(create, given, self.grid, self.rules)
 
     def collect(self, state: TrainState, at: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
@@ -317,7 +330,7 @@ def _model(config: Config, params: Any, tokenizer: Tokenizer | None):
     if config.init_from and config.model is not None:
         raise ValueError("init_from brings its model: leave `model` out (None)")
     if config.init_from:
-        model, params, own = checkpoints.load(config.init_from)
+        model, params, own = checkpoints.load(config.init_from, dtype="float32")
         tokenizer = tokenizer or own
         shape = model.config
     elif config.model is not None:

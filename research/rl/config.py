@@ -120,9 +120,9 @@ class Config:
 
     init_from: an HF directory or the directory of a run, whose model and tokenizer are taken.
     dtype, remat, scan_layers, kernels: how the model is run, see `DecoderConfig`.
-    advantage_scale, advantage_ddof: see `advantages.group_relative`.
-    mask_truncated: leave out responses that hit the length limit (the paper does not say; off keeps the pressure
-      to finish).
+    advantage: see `AdvantageConfig`.
+    mask_truncated: leave the tokens of responses that hit the length limit out of the loss (the paper does not say; off
+      keeps the pressure to finish); their rewards still count in their group's mean.
     updates, epochs: optimizer updates drawn from one rollout, and passes over it.
     reference_every: the reference becomes the policy every so many updates (0: never).
     row_length, micro_rows: training rows hold `row_length` tokens (0: prompt + response limit); a device computes

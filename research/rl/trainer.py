@@ -70,7 +70,7 @@ def build(
     errors of the task, the checkpoint and the mesh.
     """
     if model is None:
-        model, params, tokenizer = checkpoints.load(config.init_from)
+        model, params, tokenizer = checkpoints.load(config.init_from, dtype="float32")
     own = {key: getattr(config, key) for key in ("dtype", "remat", "scan_layers", "kernels")}
     shape = dataclasses.replace(model.config, **own)
     if shape.moe is not None:  # scored as they are sampled: no expert is ever full

@@ -22,6 +22,19 @@ _FRACTION = re.compile(r"([+-]?)(?:([0-9]+)/([0-9]+)|\\d?t?frac\{([0-9]+)\}\{([0
 _DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 _SPACES = re.compile(r"\\[ !,;:]|\\left(?![a-z])|\\right(?![a-z])|~|\s+")
 _POWER = re.compile(r"\*\*\s*(\(?-?[0-9]+\)?)")
+_WORDS = r"(?:[A-Za-z]{2,}|[aAI])(?:['-][A-Za-z]+)*[,:;]?"
+_SENTENCE = re.compile(
+    rf"(?:{_WORDS}\s+)*(?P<number>[+-]?(?:{_INTEGER})(?:\.[0-9]+)?)(?:\s+{_WORDS})*\s*[.!]?"
+)
+# Words that make another number of the one that stands beside them, or say that it is not the answer.
+_MEANING = re.compile(
+    r"\b(?:minus|negative|plus|times|over|divided|and|or|nor|to|not|no|than|least|most|between|about|around|roughly|almost"
+    r"|nearly|approximately|more|less|fewer|half|halves|quarters?|thirds?|fourths?|fifths?|tenths?|dozens?|scores?|tens|pairs?"
+    r"|hundreds?|thousands?|millions?|billions?|trillions?|percent|pi|sqrt|root|squared|cubed|square|cube|power|factorial"
+    r"|mod|log|ln|exp|sin|cos|tan|degrees?|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty"
+    r"|forty|fifty|sixty|seventy|eighty|ninety|cents?)\b",
+    re.IGNORECASE,
+)
 
 
 def boxed(text: str) -> list[str]:
@@ -104,7 +117,7 @@ def read(answer: str) -> str | None:
 
 def quick(gold: str, answer: str) -> bool | None:
     """Whether the answers are the same, where equal spellings or plain numbers tell; else None."""
-    (a, a_is_number), (b, b_is_number) = _spell(gold), _spell(answer)
+    (a, a_is_number), (b, b_is_number) = _spell(gold), _spell(_unit_free(gold, answer))
     if a == b:
         return True
     # Decimals may be rounded values of each other; what counts as equal then is for `equal`.
@@ -138,12 +151,23 @@ def equal(gold: str, answer: str) -> bool:
         return known
     import math_verify  # half a second, and only where it is needed
 
-    expected, given = _parse(gold), _parse(answer)
+    expected, given = _parse(gold), _parse(_unit_free(gold, answer))
     if not expected:
         raise ValueError(f"math-verify cannot read the reference answer {gold!r}")
     if all(isinstance(part, str) for part in given):
         raise Unparsed(f"math-verify cannot read {answer[:60]!r}")
     return math_verify.verify(list(expected), list(given), timeout_seconds=None)
+
+
+def _unit_free(gold: str, answer: str) -> str:
+    """Where a number is asked for: the number of an answer that is words around it ('18 eggs', 'She has $18 left.')."""
+    if not _spell(gold)[1]:
+        return answer
+    plain = re.sub(r"\\?\$|[€£¥]", "", answer.strip())
+    if re.fullmatch(r"\*\*[^*]+\*\*", plain):  # Markdown's bold
+        plain = plain[2:-2]
+    match = _SENTENCE.fullmatch(plain)
+    return match["number"] if match and not _MEANING.search(plain) else answer
 
 
 @functools.lru_cache(maxsize=4096)

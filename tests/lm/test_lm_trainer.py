@@ -2,24 +2,29 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.core import checkpoint, data, loop, mesh, sharding, step
+from pallas_kernels import chips
+from research.core import checkpoint, data, loop, mesh, optim, sharding, step
 from research.core import config as configs
 from research.core.data import DataConfig, SourceConfig
 from research.core.loop import LoopConfig
 from research.core.optim import OptimConfig
+from research.core.state import TrainState
+from research.lm import checkpoints, dpo, hf, reward_model, trainer
 from research.lm import sharding as decoder_sharding
-from research.lm import trainer
 from research.lm.config import DecoderConfig
 from research.lm.decoder import Decoder
 from research.lm.examples import Tokenize
 from research.lm.presets import PRESETS
 from research.lm.tokenizer import Tokenizer
+from research.rl import config as rl_config
+from research.rl import trainer as rl
 
 TINY = DecoderConfig(
     vocab_size=260, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16,
@@ -257,6 +262,71 @@ def test_a_run_starts_from_another_ones_directory(tmp_path):
     assert described == dataclasses.replace(TINY, rope_theta=5e4, max_position=512)
     saved = checkpoint.load_params(first)
     jax.tree.map(np.testing.assert_array_equal, saved, jax.tree.map(np.asarray, state.params))
+    model, params, _ = checkpoints.load(first, dtype="bfloat16")
+    assert model.config.param_dtype == "bfloat16"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+
+
+def test_a_published_model_is_trained_in_float32(tmp_path):
+    """Most are published in bfloat16, in which the updates of a small learning rate are none."""
+    config = make_config(tmp_path, eval_sources=())
+    published = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), init(Decoder(TINY)))
+    hf.save(tmp_path / "published", Decoder(TINY), published, tokenizer=Tokenizer.byte())
+    assert {x.dtype.name for x in jax.tree.leaves(hf.load(tmp_path / "published")[1])} == {
+        "bfloat16"
+    }
+    start = dataclasses.replace(
+        config, init_from=str(tmp_path / "published"), model=None, tokenizer=""
+    )
+    state = trainer.build(start, tmp_path / "run").init()
+    for leaf, before in zip(*map(jax.tree.leaves, (state.params, published)), strict=True):
+        assert leaf.dtype == jnp.float32 and (leaf == before).all()
+
+
+@pytest.mark.parametrize(
+    "build, config",
+    [
+        (trainer.build, trainer.Config(init_from="x")),
+        (dpo.build, dpo.Config(init_from="x")),
+        (reward_model.build, reward_model.Config(init_from="x")),
+        (rl.build, rl_config.Config(init_from="x")),
+    ],
+    ids=["lm", "dpo", "reward_model", "rl"],
+)
+def test_every_trainer_loads_float32(tmp_path, monkeypatch, build, config):
+    def load(source, step=None, **how):
+        raise ValueError(f"asked for {how}")
+
+    monkeypatch.setattr(checkpoints, "load", load)
+    with pytest.raises(ValueError, match="asked for {'dtype': 'float32'}"):
+        build(config, tmp_path)
+
+
+def test_a_model_that_is_split_by_rules_runs_without_pallas_kernels():
+    """The compiler cannot split these: lowered for a TPU with them, a step of a sharded model is refused."""
+    shape = dataclasses.replace(
+        TINY, hidden_size=256, head_dim=128, num_layers=1, dtype="bfloat16", max_position=256
+    )
+    optimizer = optim.make(OptimConfig(), 1)
+    kinds = {name: jnp.int32 for name in ("tokens", "positions", "segment_ids")}
+    batch = {
+        name: jax.ShapeDtypeStruct((4, 256), kind)
+        for name, kind in (kinds | {"weights": jnp.float32}).items()
+    }
+
+    def lowered(model, grid):
+        update = trainer.updater(partial(trainer.loss_fn, model), optimizer, grid, None)
+        params = lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]  # noqa: E731
+        state = jax.eval_shape(lambda: TrainState.create(params(), optimizer, jax.random.key(0)))
+        traced = update._program(state).trace(state, batch)
+        return traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call")
+
+    model, rows, split = Decoder(shape), mesh.make("data=2"), mesh.make("fsdp=2")
+    with chips.target("v5p"):
+        assert lowered(trainer.runnable(model, rows), rows) > 0
+        assert lowered(trainer.runnable(model, split), split) == 0
+        with pytest.raises(NotImplementedError, match="automatically partitioned"):
+            lowered(model, split)
 
 
 def test_a_run_of_another_config_is_refused_with_its_model_left_as_it_was(tmp_path):
@@ -351,6 +421,16 @@ def test_bad_data_stops_a_run_before_it_starts(tmp_path):
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write("{'q': 'single quotes are no JSON'}\n")
     with pytest.raises(data.DataError, match="train.jsonl, line 401"):
+        trainer.build(config, tmp_path)
+
+
+def test_held_out_data_of_which_nothing_fits_stops_a_run_before_it_starts(tmp_path):
+    config = make_config(tmp_path)
+    (source,) = config.eval_sources
+    with open(source.path, "w") as file:
+        file.write(json.dumps({"q": "a" * 40, "a": "b"}) + "\n")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, overlong="drop"))
+    with pytest.raises(ValueError, match="nothing of the held-out data .* fits in data.seq_len=24"):
         trainer.build(config, tmp_path)
 
 

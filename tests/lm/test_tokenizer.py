@@ -333,7 +333,8 @@ def test_prompts_begin_as_published_and_do_not_end(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     published = Tokenizer.load(tmp_path)
     begin, a, b = (published.token_id(word) for word in ("<s>", "a", "b"))
-    assert [row.tolist() for row in published.encode_prompts(["a b", "<s> b"])] == [
+    assert [row.tolist() for row in published.encode_prompts(["a b", "<s> b", ""])] == [
         [begin, a, b],
         [begin, b],
+        [begin],
     ]

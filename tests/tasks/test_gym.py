@@ -111,6 +111,10 @@ def test_reference_answers_are_right_and_nonsense_is_not(gym, name):
         ("string_insertion", "[open({path!r}, 'w')]"),
         ("n_queens", "[[c for c in open({path!r}, 'w')]]"),
         ("spiral_matrix", "[__import__('pathlib').Path({path!r}).touch()]"),
+        *(
+            (name, r"[a[\"open\x28{path!r}, 'w'\x29\"] for a.__class__.__getitem__ in [exec]]")
+            for name in ("binary_matrix", "n_queens", "spiral_matrix", "string_insertion")
+        ),
     ],
 )
 @pytest.mark.gym
@@ -121,6 +125,17 @@ def test_an_answer_is_never_run(gym, tmp_path, name, answer):
     with pytest.raises(tasks.Unparsed, match="could run as a program"):
         task.verify(task.problem("test", 0), answer.format(path=str(path)))
     assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["countdown", "puzzle24"])
+@pytest.mark.gym
+def test_letters_are_no_numbers(gym, name):
+    """Where each given number must be used once, x/x would add a 1 that was not given."""
+    task = tasks.make(f"gym:{name}", test_size=1)
+    problem = task.problem("test", 0)
+    for answer in (f"{problem.answer or '1'} + x - x", "x/x"):
+        with pytest.raises(tasks.Unparsed, match="could run as a program"):
+            task.verify(problem, answer)
 
 
 @pytest.mark.gym

@@ -168,3 +168,41 @@ def test_prepare_notices_a_math_verify_that_finds_everything_wrong(monkeypatch):
     monkeypatch.setattr("math_verify.verify", lambda *_, **__: False)
     with pytest.raises(RuntimeError, match="math-verify"):
         math_answers.MathVerify().prepare()
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "same"),
+    [
+        ("18", "18 dollars", True),
+        ("18", "18 eggs", True),  # in the units' place, or not: letters are no variables here
+        ("18", "18 dollars per day.", True),
+        ("18", "**18**", True),
+        ("18", "€18", True),
+        ("18", "The answer is 18", True),
+        ("18", "The answer is 18.", True),
+        ("18", "She makes $18 every day.", True),
+        ("18", "She makes $19 every day.", False),
+        ("1234", "1,234 apples", True),
+        ("2.50", "2.5 dollars", True),
+        ("0.5", "0.25 cups", False),
+        ("-3", "3 degrees", False),
+        # Another number than the one that is written, or none that is meant.
+        ("18", "18 or 19", False),
+        ("18", "17 and 18", False),
+        ("18", "not 18", False),
+        ("18", "more than 18", False),
+        ("18", "18 hundred", False),
+        ("18", "18 dozen eggs", False),
+        ("18", "minus 18", False),
+        ("18", "18 pi", False),
+        ("18", "18 x", False),
+        ("18", "18x", False),
+        ("18", "2**18", False),
+        ("18", "Step 3: 18 eggs", False),
+        # Where no number is asked for, words are not passed over.
+        ("x", "18 eggs", False),
+    ],
+)
+def test_a_number_counts_among_words(gold, answer, same):
+    assert math_answers.equal(gold, answer) is same
+    assert math_answers.quick(gold, answer) in (same, None)

@@ -88,7 +88,7 @@ def base_of(s: Settings, seed: int, directory: pathlib.Path):
     if s.base is None:
         if not flags.FLAGS.init_from:
             raise ValueError("scale gpu needs --init_from=DIRECTORY, of a Hugging Face model")
-        return checkpoints.load(flags.FLAGS.init_from)
+        return checkpoints.load(flags.FLAGS.init_from, dtype="float32")
     config = dataclasses.replace(
         s.base, seed=seed, data=dataclasses.replace(s.base.data, seed=seed)
     )

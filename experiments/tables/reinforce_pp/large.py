@@ -20,7 +20,7 @@ def start(seed: int) -> Start:
     del seed
     if not INIT_FROM.value:
         raise ValueError("scale gpu needs --init_from=DIRECTORY")
-    return checkpoints.load(INIT_FROM.value)
+    return checkpoints.load(INIT_FROM.value, dtype="float32")
 
 
 def config(
