@@ -82,7 +82,8 @@ class Table:
 def over_seeds(values: Sequence[float]) -> Interval:
     """Mean over seeds with its bootstrap 95 % percentile interval (10,000 resamples of the seeds, fixed stream).
 
-    With three seeds the interval is close to their range: wide, as it should be.
+    With few seeds that is too narrow: of normal values it holds the mean in 74 % of the cases with three seeds, in 83 %
+    with five. An end that is close to a threshold settles nothing.
     """
     values = np.asarray(values, np.float64)
     picks = np.random.default_rng(0).integers(0, len(values), (10_000, len(values)))
