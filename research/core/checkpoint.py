@@ -33,6 +33,7 @@ from research.core import config as config_lib
 _log = logging.getLogger(__name__)
 State = Any
 _UNREADABLE = object()
+_META = pathlib.Path("meta") / "metadata"  # in a checkpoint's directory
 
 
 class CheckpointError(Exception):
@@ -149,6 +150,17 @@ class Checkpointer:
             items["iterator"] = CheckpointSave(iterator)
         self._keep.values[step] = metrics.get(self._best[0], math.nan)
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def set_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Puts others in the place of those that were saved with `step`; the best checkpoint is told by them."""
+        self.wait()
+        if jax.process_index() == 0:
+            path = self.directory / str(step) / _META
+            meta = _read_meta(self.directory / str(step)) | {"metrics": dict(metrics)}
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text(json.dumps(meta))
+            os.replace(temporary, path)
+        self._keep.values[step] = metrics.get(self._best[0], math.nan)
 
     def restore(
         self, like: State, iterator: Any = None, step: int | None = None
@@ -393,7 +405,7 @@ def _restore_iterator(where: pathlib.Path, iterator: Any) -> None:
 
 
 def _read_meta(where: pathlib.Path) -> dict[str, Any]:
-    return json.loads((where / "meta" / "metadata").read_text())
+    return json.loads((where / _META).read_text())
 
 
 def _saved_tree(where: pathlib.Path) -> Any:

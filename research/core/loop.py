@@ -223,8 +223,11 @@ class _Run:
         if step and self._evaluates(step):
             record = self.checkpointer.metrics(step)
             if not any(key.startswith("eval/") for key in record):
+                record |= self._evaluate(state)
                 self.writer.truncate(step - 1)
-                self._log(step, record | self._evaluate(state))
+                self._log(step, record)
+                if self._saves(step):  # else it was saved for the stop alone
+                    self.checkpointer.set_metrics(step, record)
 
     def _evaluates(self, step: int) -> bool:
         if self.trainer.evaluate is None:

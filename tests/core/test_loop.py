@@ -319,6 +319,31 @@ def test_the_best_is_kept(tmp_path):
     np.testing.assert_array_equal(best["w"], np.asarray(by_hand(4)[0][4].params["w"]))
 
 
+@pytest.mark.parametrize("stop", [4, 8])
+def test_a_step_that_was_stopped_at_can_be_the_best(tmp_path, stop):
+    """Evaluated by the resumed run, it is kept, or found at the end, as if there had been no stop."""
+    scores = {2: 0.1, 4: 0.8, 6: 0.3, 8: 0.2} if stop == 4 else {2: 0.1, 4: 0.3, 6: 0.2, 8: 0.8}
+    evaluated = []
+
+    def evaluate(state):
+        evaluated.append(int(state.step))
+        return {"score": scores[int(state.step)]}
+
+    config = LoopConfig(
+        steps=8, eval_every=2, checkpoint_every=1, keep_last=1, best_metric="eval/score"
+    )
+    with pytest.raises(Interrupted):
+        at = {stop: send(signal.SIGINT)}
+        loop.run(make_trainer(at, evaluate=evaluate), config, tmp_path)
+    for _ in range(2):
+        loop.run(make_trainer(evaluate=evaluate), config, tmp_path)
+    assert {stop, 8} <= set(saved_steps(tmp_path))
+    assert evaluated == [2, 4, 6, 8]  # each once
+    best = checkpoint.load_params(tmp_path, "best")
+    np.testing.assert_array_equal(best["w"], np.asarray(by_hand(stop)[0][stop].params["w"]))
+    assert checkpoint.load_metrics(tmp_path, "best")["eval/score"] == 0.8
+
+
 def test_a_best_metric_that_there_is_not_is_said(tmp_path):
     config = LoopConfig(steps=4, eval_every=2, checkpoint_every=1, best_metric="eval/acuracy")
     with pytest.raises(ValueError, match="'eval/acuracy' is not among .*eval/distance"):
