@@ -29,7 +29,7 @@ from absl import app, flags
 from research.core import checkpoint
 from research.core import mesh as meshes
 from research.lm import checkpoints
-from research.lm.decoder import Decoder, unstack
+from research.lm.decoder import Decoder
 from research.lm.sampler import Sampler, Sampling
 from research.lm.tokenizer import Tokenizer
 from research.rl import config as rl
@@ -109,13 +109,13 @@ def generate(
         # Rows of the embedding that only pad it stand for no text.
         suppress_ids=tuple(range(tokenizer.vocab_size, model.config.vocab_size)),
     )
-    params, key = unstack(params, model.config), jax.random.key(seed)
+    weights, key = sampler.prepare(params), jax.random.key(seed)
     size = max(1, 4 * slots // samples)  # several fillings: slots are refilled as rows end
     for start in range(0, len(prompts), size):
         chunk = range(start, min(start + size, len(prompts)))
         session = calculator and calculator.session(len(chunk) * samples)
         out = sampler(
-            params,
+            weights,
             [prompts[i] for i in chunk],
             key,
             sampling,
