@@ -29,6 +29,7 @@ from research.hunyuan3d_2.dit import trainer as dit_trainer
 from research.hunyuan3d_2.dit.config import DiTConfig
 from research.hunyuan3d_2.vae.config import VAEConfig
 from research.hunyuan3d_2.vae.evaluation import EvalConfig
+from research.vision import dinov2
 
 SEEDS = range(3)
 
@@ -377,6 +378,8 @@ def test_rows_run(tmp_path, monkeypatch):
     encoder = dataclasses.replace(
         alignment.SCALES["cpu"], points=64, batch_size=4, loop=LoopConfig(**TINY), optim=OPTIM
     )
+    tower = dataclasses.replace(dinov2.PRESETS["tiny"], num_layers=1, unroll=1)
+    monkeypatch.setitem(dinov2.PRESETS, "tiny", tower)
     vaes.recipe.cache_clear()
     alignment.trained.cache_clear()
     for module, value in (
