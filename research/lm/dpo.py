@@ -171,7 +171,6 @@ def build(
         model, params, tokenizer = checkpoints.load(config.init_from, dtype="float32")
     model = Decoder(trainer.with_own(model.config, config))
     grid = trainer.grid_of(config, model)
-    model = trainer.runnable(model, grid)
     return _Run(config, pathlib.Path(workdir), model, params, tokenizer, grid).trainer()
 
 
@@ -193,6 +192,7 @@ class _Run:
         micro_rows = config.micro_rows or None
         self.rules = trainer.rules_of(grid)
         # Nothing that `self` holds may hold `self`: open files are closed when the last user is gone.
+        model = trainer.runnable(model, grid)
         loss = partial(_loss, config, model)
         self.update = trainer.updater(loss, self.optimizer, grid, micro_rows)
         self.forward = step.evaluation(loss, grid, micro_rows=micro_rows, batch_axes=axes)

@@ -191,7 +191,6 @@ def build(
         params = value_head.init(params, model.config.hidden_size)
     model = Decoder(trainer.with_own(model.config, config))
     grid = trainer.grid_of(config, model)
-    model = trainer.runnable(model, grid)
     return _Run(config, pathlib.Path(workdir), model, params, tokenizer, grid).trainer()
 
 
@@ -224,6 +223,7 @@ class _Run:
         micro_rows = config.micro_rows or None
         self.rules = trainer.rules_of(grid)
         # Nothing that `self` holds may hold `self`: open files are closed when the last user is gone.
+        model = trainer.runnable(model, grid)
         loss = partial(_loss, config, model)
         self.update = trainer.updater(loss, self.optimizer, grid, micro_rows)
         scores = lambda params, rows: _scores(model, params, rows)[0]  # noqa: E731

@@ -110,7 +110,6 @@ def build(
     schedule = ramps.Schedule(config.batch_ramp, config.data.batch_size, config.data.seq_len)
     name = "a batch of batch_ramp" if config.batch_ramp else "data.batch_size"
     grid = grid_of(config, model, schedule.sizes, name)
-    model = runnable(model, grid)
     if config.batch_ramp and isinstance(examples, grain.IterDataset):
         raise ValueError("batch_ramp needs rows to make batches of, not a dataset of whole batches")
     train, held_out = _datasets(config, schedule.unit, tokenizer, examples, eval_examples)
@@ -267,10 +266,11 @@ class _Run:
         if self.config.batch_ramp:
             self.micro_rows = self.micro_rows or schedule.unit // shards
         # Nothing that `self` holds may hold `self`: open files are closed when the last user is gone.
-        loss = partial(loss_fn, self.model)
+        model = runnable(self.model, self.grid)
+        loss = partial(loss_fn, model)
         update = updater(loss, self.optimizer, self.grid, self.micro_rows)
         self.forward = step.evaluation(
-            partial(held_out_loss, self.model),
+            partial(held_out_loss, model),
             self.grid,
             micro_rows=self.micro_rows,
             batch_axes=self.axes,

@@ -329,6 +329,13 @@ def test_a_model_that_is_split_by_rules_runs_without_pallas_kernels():
             lowered(model, split)
 
 
+def test_a_split_run_says_nothing_of_kernels_to_who_loads_it(tmp_path):
+    """Where it goes on, or generates, may be one device."""
+    trainer.build(make_config(tmp_path, mesh="fsdp=2", eval_sources=()), tmp_path / "run").init()
+    described = configs.load(tmp_path / "run" / "model" / "decoder.json", DecoderConfig)
+    assert described.kernels == "auto"
+
+
 def test_a_run_of_another_config_is_refused_with_its_model_left_as_it_was(tmp_path):
     config = make_config(tmp_path, eval_sources=(), loop=LoopConfig(steps=1))
     loop.run(trainer.build(config, tmp_path), config.loop, tmp_path, fingerprint_of=config)
